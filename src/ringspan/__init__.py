@@ -1,0 +1,44 @@
+"""ringspan: exact attention over a sequence that is spread over many workers.
+
+The data's way through a call:
+  api        checks what the caller passed, and names the group
+  call       every rank's check, one exchange of all ranks (agreement), and the decisions, in integers:
+             problem (what is asked), layout (who holds which token), schedule (who does what, when)
+  execute    runs the schedule; in each step, while a transport moves the next shard,
+             a kernel absorbs the present one into the float32 softmax state
+  state      is divided out, once: out, lse
+"""
+
+from ringspan.api import positions, ring_attention, shard, unshard
+from ringspan.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DisagreementError,
+    LayoutError,
+    PeerRefusedError,
+    RankFailedError,
+    RingspanError,
+    UnsupportedError,
+    WorkerError,
+)
+from ringspan.transport.local import LocalGroup, run_local
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "DisagreementError",
+    "LayoutError",
+    "LocalGroup",
+    "PeerRefusedError",
+    "RankFailedError",
+    "RingspanError",
+    "UnsupportedError",
+    "WorkerError",
+    "positions",
+    "ring_attention",
+    "run_local",
+    "shard",
+    "unshard",
+]

@@ -1,0 +1,146 @@
+"""The one exchange that begins every call: each rank says whether it can, and what it was asked.
+
+It has a fixed size, every rank takes part whatever its own arguments are, and it is never skipped by a cache of
+one rank's own (a hit here and a miss there would leave ranks waiting). So a bad argument on one rank, or
+arguments that do not belong together, come out as the same kind of error on every rank, and no rank hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ringspan.errors import DisagreementError, PeerRefusedError, RingspanError, explain
+from ringspan.transport.contract import Transport
+
+MESSAGE_BYTES = 1536
+_HEADER = struct.Struct("<6q")  # refused, call, query length, key length, flipped, bytes of text
+_TEXT_BYTES = MESSAGE_BYTES - _HEADER.size
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one rank tells the others.
+
+    common: what must be the same on every rank of a ring, by the name that an error gives it.
+    num_queries, num_keys: this rank's lengths, which may differ. flipped: which of its tensors lie as
+    [.., D, T] in memory, a bit each.
+    """
+
+    common: dict[str, Any] = field(default_factory=dict)
+    num_queries: int = 0
+    num_keys: int = 0
+    flipped: int = 0
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks of this rank's ring told, by their place in the ring."""
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    flipped: int
+
+
+def agree(
+    transport: Transport, call: int, terms: Terms | RingspanError, rings: Sequence[Sequence[int]] | None = None
+) -> Agreed:
+    """Exchange terms, or this rank's own refusal, with every rank of the group.
+
+    rings: the rings that run side by side in the group, as lists of ranks; None: one ring of all.
+    Raises the own refusal, PeerRefusedError, DisagreementError, or RankFailedError.
+    """
+    answers = [_unpack(message) for message in transport.agree(call, _pack(call, terms))]
+    if isinstance(terms, RingspanError):
+        raise terms
+    refusals = {rank: answer.text for rank, answer in enumerate(answers) if answer.refused}
+    if refusals:
+        raise PeerRefusedError(_tell_refusals(refusals))
+    calls = [answer.call for answer in answers]
+    if len(set(calls)) > 1:
+        raise DisagreementError(_tell("the number of the call", calls, range(len(calls))))
+    for ring in rings or [range(transport.size)]:
+        _compare([answers[rank] for rank in ring], ring)
+    mine = next(ring for ring in rings or [range(transport.size)] if transport.rank in ring)
+    ring_answers = [answers[rank] for rank in mine]
+    return Agreed(
+        tuple(answer.num_queries for answer in ring_answers),
+        tuple(answer.num_keys for answer in ring_answers),
+        min(answer.flipped for answer in ring_answers) if _one({a.flipped for a in ring_answers}) else 0,
+    )
+
+
+def unchecked(terms: Terms | RingspanError, size: int) -> Agreed:
+    """What agreement=False takes for granted: the other ranks have the same arguments and lengths."""
+    if isinstance(terms, RingspanError):
+        raise terms
+    return Agreed((terms.num_queries,) * size, (terms.num_keys,) * size, terms.flipped)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    refused: bool
+    call: int
+    num_queries: int
+    num_keys: int
+    flipped: int
+    text: str
+
+
+def _pack(call: int, terms: Terms | RingspanError) -> bytes:
+    if isinstance(terms, RingspanError):
+        head, text = (1, call, 0, 0, 0), f"{type(terms).__name__}: {terms}"
+    else:
+        head = (0, call, terms.num_queries, terms.num_keys, terms.flipped)
+        text = json.dumps(terms.common, separators=(",", ":"))
+    body = text.encode()
+    if len(body) > _TEXT_BYTES:
+        assert head[0], f"the terms of a call take {len(body)} bytes, {_TEXT_BYTES} are there"
+        body = body[: _TEXT_BYTES - 3] + b"..."
+    return (_HEADER.pack(*head, len(body)) + body).ljust(MESSAGE_BYTES, b"\0")
+
+
+def _unpack(message: bytes) -> _Answer:
+    refused, *numbers, length = _HEADER.unpack_from(message)
+    text = message[_HEADER.size : _HEADER.size + length].decode(errors="replace")
+    return _Answer(bool(refused), *numbers, text)
+
+
+def _compare(answers: Sequence[_Answer], ranks: Sequence[int]) -> None:
+    if _one({answer.text for answer in answers}):
+        return
+    terms = [json.loads(answer.text) for answer in answers]
+    names = dict.fromkeys(name for term in terms for name in term)
+    differences = []
+    for name in names:
+        values = [term.get(name) for term in terms]
+        if not _one({json.dumps(value) for value in values}):
+            differences.append(_tell(name, values, ranks))
+        if name == "call" and differences:
+            break  # ranks in different functions: everything else differs too, and means nothing
+    raise DisagreementError("\n".join(differences))
+
+
+def _tell(name: str, values: Sequence[Any], ranks: Sequence[int]) -> str:
+    by_value: dict[str, list[int]] = {}
+    for rank, value in zip(ranks, values, strict=True):
+        by_value.setdefault(json.dumps(value), []).append(rank)
+    told = "; ".join(f"{value} on {_ranks(held)}" for value, held in by_value.items())
+    return explain(f"the ranks disagree on {name}.", got=told, fix="pass the same on every rank of the ring")
+
+
+def _tell_refusals(refusals: dict[int, str]) -> str:
+    rank, reason = next(iter(refusals.items()))
+    return f"{_ranks(list(refusals))} refused the arguments, so no rank computes. Rank {rank}: {reason}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > 8 else ''}"
+
+
+def _one(values: set) -> bool:
+    return len(values) == 1

@@ -1,0 +1,183 @@
+"""The public face: ring_attention, shard, unshard, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringspan import reshard
+from ringspan.agreement import agree
+from ringspan.autograd import attend
+from ringspan.call import normalised_options
+from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
+from ringspan.layout import split
+from ringspan.transport.table import group_name, resolve
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+    layout: str = "contiguous",
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    kernel: str = "auto",
+    transport: str = "auto",
+    agreement: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention of this rank's queries over the keys and values of all ranks of the group.
+
+    softmax(softmax_scale * Q K^T + mask) V, computed shard by shard with a float32 online softmax (Ring
+    Attention, Liu et al. 2023). Every rank of the group must call it, with the same options, and so must every
+    rank call backward, or none.
+
+    Args:
+        q: [B, H, T_local, D], this rank's queries; bfloat16, float16, float32 or float64; any strides.
+        k, v: [B, K, S_local, D], this rank's keys and values; H a multiple of K, and query head h reads key/value
+            head h // (H / K), without expanding k and v. Lengths may differ between ranks, and may be 0.
+        group: a torch.distributed ProcessGroup, a 1-D DeviceMesh, or the group that `run_local` hands out.
+            None: inside run_local the worker's group, else the default process group, else a ring of one.
+        causal: a query sees keys at its own global position and before (window_size's right side becomes 0).
+        window_size: (left, right): query p sees keys p - left .. p + right; -1 is unbounded.
+        cu_seqlens: global document boundaries (0, ..., total), for every batch entry: a query sees its own
+            document. Any lengths; a boundary may repeat.
+        layout: "contiguous", "striped" or "zigzag": which tokens this rank's shard holds (see `shard`). The
+            last two balance causal work. A mask or such a layout needs as many queries as keys in all.
+        softmax_scale: default D ** -0.5.
+        return_lse: also return lse, the natural logarithm of the sum of exp of the scaled visible scores.
+        kernel: "auto", or a name that `ringspan doctor` lists.
+        transport: "auto", "local" (run_local groups) or "torch_dist" (process groups).
+        agreement: False skips the exchange in which ranks compare their arguments. Then all ranks must hold
+            equal lengths and pass equal arguments; where they do not, results are undefined.
+
+    Returns:
+        out [B, H, T_local, D] in q's dtype; with return_lse (out, lse), lse [B, H, T_local] in float32 (float64
+        for float64 inputs). A query that sees no key has out 0 and lse -inf. Both are differentiable, once. On
+        return no rank reads this rank's tensors any more.
+
+    Raises:
+        ArgumentError, LayoutError (ValueError), ArgumentTypeError (TypeError), UnsupportedError
+        (NotImplementedError): this rank's arguments break a rule, which the message names.
+        PeerRefusedError, DisagreementError (ValueError): another rank's do, or the ranks' do not belong together.
+        RankFailedError (RuntimeError): a rank died, raised, or did not come within the group's timeout.
+    """
+    name = group_name(group, transport)
+    try:
+        q, k, v = _autocast(q, k, v)
+        options = normalised_options(
+            causal=causal,
+            window_size=window_size,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+            softmax_scale=softmax_scale,
+            kernel=kernel,
+            agreement=agreement,
+            gradients=_gradients(q, k, v),
+        )
+        if not isinstance(return_lse, bool):
+            raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
+    except RingspanError as refusal:
+        _refuse(name, refusal, agreement)
+        raise
+    documents = None
+    if options.cu_seqlens is not None:
+        documents = torch.tensor(options.cu_seqlens, dtype=torch.int64)
+    out, lse = attend(
+        q,
+        k,
+        v,
+        documents,
+        name,
+        options.layout,
+        options.left,
+        options.right,
+        options.scale,
+        options.kernel,
+        options.agreement,
+        options.gradients,
+    )
+    return (out, lse) if return_lse else out
+
+
+def shard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
+    """This rank's shard of a full tensor: a copy of the tokens that `layout` gives it, along `dim`.
+
+    contiguous: one run, the first n % P ranks hold one token more. striped: tokens r, r + P, r + 2P, ... zigzag:
+    of 2P runs (the first n % 2P one longer) run r, then run 2P-1-r. No communication. Differentiable: the
+    gradient with respect to the x of this rank is 0 outside of its shard.
+    """
+    transport = resolve(group_name(group))
+    dim = _checked_dim(x, dim)
+    ranges = split(layout, x.shape[dim], transport.size).ranges(transport.rank)
+    return reshard.take(x, dim, ranges)
+
+
+def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
+    """The full tensor on every rank, from every rank's shard along `dim`: the inverse of `shard`.
+
+    Every rank of the group must call it, forward and backward. Differentiable: a shard's gradient is the sum
+    over the ranks of the gradients that they have for it (the gradient of the sum of all ranks' losses),
+    summed in float32.
+    """
+    name = group_name(group)
+    try:
+        dim = _checked_dim(x, dim)
+        split(layout, 0, 1)
+    except RingspanError as refusal:
+        _refuse(name, refusal)
+        raise
+    return reshard.unshard(x, dim, layout, name)
+
+
+def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
+    """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local])."""
+    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
+        raise ArgumentTypeError(explain("num_tokens must be an integer.", got=repr(num_tokens)))
+    transport = resolve(group_name(group))
+    ranges = split(layout, num_tokens, transport.size).ranges(transport.rank)
+    parts = [torch.arange(piece.start, piece.stop, piece.step) for piece in ranges]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _refuse(name: str, refusal: RingspanError, agreement: bool = True) -> None:
+    """Take part in the agreement of a call that this rank refuses, so that no rank waits for it."""
+    if agreement is not False:
+        transport = resolve(name)
+        agree(transport, transport.begin_call(), refusal)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, attention runs in its dtype, as torch's own does."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))
+    return q, k, v
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> str:
+    if not torch.is_grad_enabled():
+        return ""
+    return ",".join(name for name, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad)
+
+
+def _checked_dim(x: Tensor, dim: int) -> int:
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(explain("x must be a torch.Tensor.", got=str(type(x))))
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise ArgumentTypeError(explain("dim must be an integer.", got=repr(dim)))
+    if not -x.ndim <= dim < x.ndim:
+        raise ArgumentError(explain(f"dim must be one of x's {x.ndim} dimensions.", got=str(dim)))
+    return dim % x.ndim

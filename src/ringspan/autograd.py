@@ -1,0 +1,95 @@
+"""torch.autograd and torch.compile around one call: two custom ops, and the formula that links them.
+
+The whole call (checks, agreement, plan, loop) happens inside of the ops, so that graphs hold one node for it. A
+group travels through a graph by its name. The ops' outputs alias no input. As with every operation that all
+ranks must reach, a rank on which torch.compile drops an unused output leaves the others waiting.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ringspan import call
+from ringspan.call import Options
+from ringspan.state import state_dtype
+from ringspan.transport.table import resolve
+
+
+@torch.library.custom_op("ringspan::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    group: str,
+    layout: str,
+    left: int,
+    right: int,
+    scale: float | None,
+    kernel: str,
+    agreement: bool,
+    gradients: str,
+) -> tuple[Tensor, Tensor]:
+    options = _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients)
+    return call.forward(resolve(group), q, k, v, options)
+
+
+@attend.register_fake
+def _(q, k, v, cu_seqlens, group, layout, left, right, scale, kernel, agreement, gradients):
+    lse = q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.custom_op("ringspan::attend_backward", mutates_args=())
+def attend_backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    group: str,
+    layout: str,
+    left: int,
+    right: int,
+    scale: float | None,
+    kernel: str,
+    agreement: bool,
+    gradients: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients)
+    found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
+    dq, dk, dv = (grad.to(q.dtype) for grad in found)
+    return dq, dk, dv
+
+
+@attend_backward.register_fake
+def _(d_out, d_lse, q, k, v, out, lse, *options):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients) -> Options:
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    return Options(left, right, documents, layout, scale, kernel, agreement, gradients)
+
+
+def _keep(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.options = options
+
+
+def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    if d_out is None:
+        d_out = torch.zeros_like(out)
+    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, *ctx.options)
+    return (*grads, *(None for _ in range(len(ctx.options) + 1)))
+
+
+attend.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,109 @@
+"""THE LOOP: runs one rank's schedule, forward and backward. The only place where kernels and transports meet.
+
+In each step the hop for the next one is posted, then the tiles are computed on the shard that is here, then the
+hop is waited for. What is computed, what is sent and in which order was decided before, in integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringspan.kernels.contract import Kernel
+from ringspan.observe import StepTimer
+from ringspan.schedule.contract import Schedule
+from ringspan.state import SoftmaxState, state_dtype
+from ringspan.tile import RowIntervals, Tile
+from ringspan.traffic import Traffic
+from ringspan.transport.contract import Channel
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything but the tensors.
+
+    query_lengths, key_lengths: of the shards, by rank. flipped: of the travelling tensors, which all ranks hold
+    as [.., D, T] in memory and send so. bounds: per local query [lo, hi) of local key indices, [B, H, T].
+    """
+
+    schedule: Schedule
+    kernel: Kernel
+    scale: float
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    flipped: tuple[bool, ...]
+    bounds: tuple[np.ndarray, np.ndarray] | None = None
+
+    def visible(self, tile: Tile) -> RowIntervals:
+        intervals = tile.intervals()
+        if self.bounds is None:
+            return intervals
+        return intervals.within(*(bound[..., tile.rows] - tile.key_start for bound in self.bounds))
+
+
+def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys."""
+    state = SoftmaxState.empty(q)
+    traffic = Traffic(channel, job.schedule.rank, (k, v), job.key_lengths, job.flipped)
+    timer = StepTimer("forward", len(job.schedule.steps))
+    for step in job.schedule.steps:
+        arriving = traffic.post_shards(step)
+        with channel.computing(), timer.time("compute"):
+            k, v = traffic.visiting()
+            for tile in step.tiles:
+                rows, keys = tile.rows, tile.columns
+                job.kernel.absorb(
+                    state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
+                )
+        with timer.time("wait"):
+            traffic.receive_shard(arriving)
+        timer.finish_step(step.index)
+    channel.close()
+    return state.finalize(q.dtype)
+
+
+def backward(
+    job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [B, H, T, D], dk, dv [B, K, S, D] in the state's dtype, of this rank's queries, keys and values."""
+    dtype = state_dtype(q.dtype)
+    rows_in, keys_in = (q, do, lse, delta), (k, v)
+    rows_out, keys_out = (_zeros(q, dtype),), (_zeros(k, dtype), _zeros(v, dtype))
+    keys_travel = job.schedule.travels == "keys"
+    staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
+    sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
+    lengths = job.key_lengths if keys_travel else job.query_lengths
+    traffic = Traffic(channel, job.schedule.rank, travelling, lengths, job.flipped)
+    timer = StepTimer("backward", len(job.schedule.steps))
+    for step in job.schedule.steps:
+        arriving, riding = traffic.post_shards(step), traffic.post_ride_receives(step, home)
+        part = home
+        with channel.computing(), timer.time("compute"):
+            visiting = traffic.visiting()
+            if step.index and step.tiles:
+                part = tuple(_zeros_long(x, visiting[0].shape[2]) for x in home)
+            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
+            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
+            for tile in step.tiles:
+                of_rows, of_keys = (x[:, :, tile.rows] for x in rows), [x[:, :, tile.columns] for x in keys]
+                q, do, lse, delta = of_rows
+                into = (rows_part[0][:, :, tile.rows], *(x[:, :, tile.columns] for x in keys_part))
+                job.kernel.absorb_gradient(*into, q, *of_keys, do, lse, delta, job.visible(tile), job.scale)
+        with timer.time("wait"):
+            traffic.receive_rides(step, riding, part, home)
+            traffic.send_ride(step, part)
+            traffic.receive_shard(arriving)
+        timer.finish_step(step.index)
+    traffic.finish()
+    return (*rows_out, *keys_out)
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+
+
+def _zeros_long(x: Tensor, length: int) -> Tensor:
+    return torch.zeros((*x.shape[:2], length, *x.shape[3:]), dtype=x.dtype, device=x.device)

@@ -1,0 +1,37 @@
+"""Which kernel serves a call: one row a kernel, fastest first, and each one's reason where it declines."""
+
+from __future__ import annotations
+
+import torch
+
+from ringspan.errors import ArgumentError, UnsupportedError, explain
+from ringspan.kernels.contract import Kernel
+from ringspan.kernels.reference import Reference
+from ringspan.kernels.torch_ops import TorchOps
+
+KERNELS: tuple[Kernel, ...] = (TorchOps(), Reference())
+
+
+def names() -> tuple[str, ...]:
+    return ("auto", *(kernel.name for kernel in KERNELS))
+
+
+def choose(name: str, dtype: torch.dtype, device: torch.device, head_dim: int) -> Kernel:
+    """The kernel of that name, or for "auto" the first of the table that does not decline."""
+    candidates = [kernel for kernel in KERNELS if name in ("auto", kernel.name)]
+    if not candidates:
+        known = ", ".join(map(repr, names()))
+        raise ArgumentError(explain("kernel is unknown.", got=repr(name), fix=f"one of {known}"))
+    reasons = []
+    for kernel in candidates:
+        reason = kernel.declines(dtype, device, head_dim)
+        if reason is None:
+            return kernel
+        reasons.append(f"{kernel.name}: {reason}")
+    raise UnsupportedError(
+        explain(
+            f"kernel={name!r} cannot serve {dtype} tensors with head_dim {head_dim} on {device}.",
+            got="; ".join(reasons),
+            fix='kernel="auto" takes whichever can',
+        )
+    )

@@ -1,0 +1,164 @@
+"""torch's own fused attention, where it returns the lse that a ring needs: flash attention on the CPU.
+
+It computes rectangles and diagonals that start at the corner. Intervals are therefore taken apart into such
+pieces (a packed document is one, a striped diagonal is one after its first row is cut off); what remains, such
+as sliding windows and intervals that differ between heads, goes to the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ringspan.kernels.blocks import Block, blocks
+from ringspan.kernels.contract import SCRATCH_BYTES
+from ringspan.kernels.reference import Reference
+from ringspan.state import SoftmaxState
+from ringspan.tile import Band, Kind, Piece, RowIntervals
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+_FEWEST_ROWS = 16  # pieces with fewer rows than this, on average, cost more as calls than the reference costs
+
+
+class TorchOps:
+    name = "torch_ops"
+
+    def __init__(self) -> None:
+        self._reference = Reference()
+
+    def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
+        if device.type != "cpu":
+            return f"it serves CPU tensors only so far, these are on {device.type}"
+        return None
+
+    def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
+        pieces = _calls(visible)
+        # Flash multiplies weights of 0 by V, and 0 * NaN would reach rows that do not see the NaN.
+        if pieces is None or (visible.kind is not Kind.FULL and not _finite(v)):
+            self._reference.absorb(state, q, k, v, visible, scale)
+            return
+        dtype = state.acc.dtype
+        for block, causal in _blocks(q, k, pieces, dtype):
+            inputs = (_ready(x, dtype) for x in (block.queries(q), block.keyed(k), block.keyed(v)))
+            out, lse = _FLASH(*inputs, 0.0, causal, scale=scale)
+            state.select(block.rows, block.heads, block.batch).merge_(out, lse)
+
+    def absorb_gradient(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        visible: RowIntervals,
+        scale: float,
+    ) -> None:
+        pieces = _calls(visible)
+        masked = visible.kind is not Kind.FULL
+        if pieces is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
+            self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
+            return
+        for block, causal in _blocks(q, k, pieces, dq.dtype):
+            rows = [block.queries(x) for x in (q, do, lse, delta)]
+            out = _stand_in_for_out(rows[1].to(dq.dtype), rows[3])
+            if out is None:
+                part = RowIntervals(rows[0].shape[2], block.keyed(k).shape[2], Band(upper=1 if causal else None))
+                targets = (block.queries(dq), block.keyed(dk), block.keyed(dv))
+                inputs = (rows[0], block.keyed(k), block.keyed(v), *rows[1:])
+                self._reference.absorb_gradient(*targets, *inputs, part, scale)
+                continue
+            bq, bdo, bk, bv = (_ready(x, dq.dtype) for x in (rows[0], rows[1], block.keyed(k), block.keyed(v)))
+            parts = _FLASH_BACKWARD(bdo, bq, bk, bv, out, rows[2], 0.0, causal, scale=scale)
+            for target, part in zip((block.queries(dq), block.keyed(dk), block.keyed(dv)), parts, strict=True):
+                target.add_(part)
+
+
+def _finite(x: Tensor) -> bool:
+    # One pass without a mask in memory: the sum of finite numbers overflows only where x is near overflow.
+    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
+
+
+def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the state's dtype, and with a last stride of 1, without which flash on the CPU is silently wrong."""
+    x = x.to(dtype)
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _stand_in_for_out(do: Tensor, delta: Tensor) -> Tensor | None:
+    """An `out` for which flash's backward finds the given delta, since all it does with out is sum(do * out).
+
+    do * (delta / |do|^2), whose sum with do has only terms of one sign, so that it is as exact as delta
+    itself. None where no such out exists (do = 0 with delta != 0, which only a gradient of lse makes).
+    """
+    norm = (do * do).sum(-1)
+    factor = torch.where(delta == 0, 0.0, delta / norm)
+    return do * factor.unsqueeze(-1) if bool(torch.isfinite(factor).all()) else None
+
+
+Call = tuple[slice, slice, bool]  # rows, keys, whether causal from the corner
+
+
+def _calls(visible: RowIntervals) -> list[Call] | None:
+    """The visible pairs as rectangles and corner diagonals, or None where they are too many or of other shapes."""
+    if visible.kind is Kind.FULL:
+        return [(slice(0, visible.num_rows), slice(0, visible.num_keys), False)]
+    if visible.arrays()[0].ndim > 1:
+        return None
+    calls: list[Call] = []
+    for piece in visible.pieces():
+        if piece.lo_step:
+            return None
+        calls += _calls_of(piece)
+        if len(calls) * _FEWEST_ROWS > visible.num_rows + 4 * _FEWEST_ROWS:
+            return None
+    return calls
+
+
+def _calls_of(piece: Piece) -> Iterator[Call]:
+    num_rows = piece.rows.stop - piece.rows.start
+    if not piece.hi_step:
+        yield piece.rows, slice(piece.lo, piece.hi), False
+        return
+    # Every row sees the keys before the first row's last one; the diagonal starts there.
+    corner = piece.hi - 1
+    if corner > piece.lo:
+        yield piece.rows, slice(piece.lo, corner), False
+    yield piece.rows, slice(corner, corner + num_rows), True
+
+
+def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iterator[tuple[Block, bool]]:
+    """Flash calls whose widened inputs and outputs stay within the scratch bound."""
+    dim = q.shape[-1]
+
+    def scratch_elements(num_kv: int, group: int, num_rows: int, num_keys: int) -> int:
+        return num_kv * (3 * group * num_rows + 2 * num_keys) * dim
+
+    budget = SCRATCH_BYTES // dtype.itemsize
+    for rows, keys, causal in calls:
+        whole = RowIntervals(rows.stop - rows.start, keys.stop - keys.start, Band(upper=1 if causal else None))
+        for block in blocks(q[:, :, rows], k[:, :, keys], whole, scratch_elements, budget, smallest=256):
+            part = whole.block(block.rows, block.keys)
+            yield from _moved(block, part, rows.start, keys.start)
+
+
+def _moved(block: Block, part: RowIntervals, row: int, key: int) -> Iterator[tuple[Block, bool]]:
+    """A block's own rectangles and diagonals, in the rows and keys of the whole tile."""
+    for rows, keys, causal in _calls(part) or ():
+        yield (
+            Block(
+                block.batch,
+                block.kv_heads,
+                block.heads,
+                slice(rows.start + block.rows.start + row, rows.stop + block.rows.start + row),
+                slice(keys.start + block.keys.start + key, keys.stop + block.keys.start + key),
+            ),
+            causal,
+        )

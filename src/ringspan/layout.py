@@ -1,0 +1,121 @@
+"""WHO holds which token. A layout maps each rank to the global positions of its shard, as Python ranges.
+
+contiguous  rank r holds one run of tokens; any lengths (`split_evenly` gives the first ranks one more)
+striped     rank r holds r, r + P, r + 2P, ...: balances a causal mask to within one token
+zigzag      2P chunks, rank r holds chunk r and chunk 2P-1-r: balances a causal mask, keeps long runs
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+from ringspan.errors import ArgumentError, LayoutError, explain
+
+LAYOUTS = ("contiguous", "striped", "zigzag")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Positions of one sequence over num_ranks ranks. Made by `split` or `from_lengths`, which check."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def ranges(self, rank: int) -> tuple[range, ...]:
+        """Global positions of a rank's tokens, in the order in which its shard holds them."""
+        if self.name == "striped":
+            found = (range(rank, self.num_tokens, self.num_ranks),)
+        elif self.name == "zigzag":
+            chunks = _cut(self.num_tokens, 2 * self.num_ranks)
+            found = _joined(chunks[rank], chunks[2 * self.num_ranks - 1 - rank])
+        else:
+            start = self._starts[rank]
+            found = (range(start, start + self.lengths[rank]),)
+        return tuple(piece for piece in found if piece)
+
+    def positions(self, rank: int) -> list[int]:
+        return [position for piece in self.ranges(rank) for position in piece]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(rank, slot in its shard) of a global position."""
+        for rank in range(self.num_ranks):
+            slot = 0
+            for piece in self.ranges(rank):
+                if position in piece:
+                    return rank, slot + piece.index(position)
+                slot += len(piece)
+        raise IndexError(f"position {position} of a sequence of {self.num_tokens} tokens")
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.lengths, initial=0))
+
+
+def split(name: str, num_tokens: int, num_ranks: int) -> Layout:
+    """The layout that `shard` uses: lengths by the layout's own rule."""
+    check_name(name)
+    if num_tokens < 0 or num_ranks < 1:
+        raise ArgumentError(f"{num_tokens} tokens cannot be spread over {num_ranks} ranks")
+    return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks))
+
+
+@lru_cache(maxsize=1024)
+def from_lengths(name: str, lengths: tuple[int, ...]) -> Layout:
+    """The layout of shards whose lengths are given. Striped and zigzag take only those of their rule."""
+    check_name(name)
+    expected = _lengths_by_rule(name, sum(lengths), len(lengths))
+    if name != "contiguous" and lengths != expected:
+        raise LayoutError(
+            explain(
+                f"layout={name!r} takes only the shard lengths of its own rule.",
+                got=f"lengths {_shorten(lengths)} by rank; the rule gives {_shorten(expected)} "
+                f"for {sum(lengths)} tokens",
+                fix=f"cut the sequence with ringspan.shard(..., layout={name!r}), or use "
+                'layout="contiguous", which takes any lengths',
+            )
+        )
+    return Layout(name, lengths)
+
+
+def check_name(name: str) -> None:
+    if name not in LAYOUTS:
+        raise ArgumentError(
+            explain("layout is unknown.", got=repr(name), fix=f"one of {', '.join(map(repr, LAYOUTS))}")
+        )
+
+
+def _lengths_by_rule(name: str, num_tokens: int, num_ranks: int) -> tuple[int, ...]:
+    if name == "zigzag":
+        chunks = _cut(num_tokens, 2 * num_ranks)
+        return tuple(len(chunks[r]) + len(chunks[-1 - r]) for r in range(num_ranks))
+    # Contiguous and striped agree: the first num_tokens % num_ranks ranks hold one more.
+    return tuple(len(piece) for piece in _cut(num_tokens, num_ranks))
+
+
+def _cut(num_tokens: int, num_pieces: int) -> list[range]:
+    """num_pieces consecutive runs; the first num_tokens % num_pieces of them one longer."""
+    size, longer = divmod(num_tokens, num_pieces)
+    stops = accumulate(size + (index < longer) for index in range(num_pieces))
+    return [range(stop - size - (index < longer), stop) for index, stop in enumerate(stops)]
+
+
+def _joined(first: range, second: range) -> tuple[range, ...]:
+    """Two runs as one where the second continues the first: one tile instead of four."""
+    if first.stop == second.start:
+        return (range(first.start, second.stop),)
+    return first, second
+
+
+def _shorten(lengths: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, lengths[:8]))
+    return f"({shown}{', ...' if len(lengths) > 8 else ''})"

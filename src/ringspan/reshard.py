@@ -1,0 +1,106 @@
+"""Between a full tensor and its shards: taking a shard out, and gathering all of them on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ringspan.agreement import Terms
+from ringspan.call import begin, running
+from ringspan.layout import Layout, from_lengths
+from ringspan.state import state_dtype
+from ringspan.transport.contract import Channel, Parcel, Spec
+from ringspan.transport.table import resolve
+
+
+def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
+    """A contiguous copy of x at some positions of `dim`."""
+    parts = [_at(x, dim, piece) for piece in ranges]
+    if not parts:
+        return x.narrow(dim, 0, 0).clone()
+    return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
+
+
+def unshard(x: Tensor, dim: int, layout: str, group: str) -> Tensor:
+    full = _Unshard.apply(x, dim, layout, group)
+    assert isinstance(full, Tensor)
+    return full
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, layout: str, group: str) -> Tensor:
+        channel, agreed, transport = _begin("unshard", x, x.shape[dim], dim, layout, group)
+        places = from_lengths(layout, agreed.query_lengths)
+        ctx.arguments = (dim, layout, group, x.shape[dim])
+        shape = list(x.shape)
+        shape[dim] = places.num_tokens
+        full = x.new_empty(shape)
+        with running(transport):
+            _put(full, dim, places.ranges(channel.rank), x)
+            for peer, arrived in _swap_with_each(channel, lambda _: x, lambda peer: _like(x, dim, places, peer)):
+                _put(full, dim, places.ranges(peer), arrived)
+            channel.close()
+        return full
+
+    @staticmethod
+    def backward(ctx, d_full: Tensor):
+        dim, layout, group, length = ctx.arguments
+        channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group)
+        places = from_lengths(layout, agreed.query_lengths)
+        with running(transport):
+            mine = take(d_full, dim, places.ranges(channel.rank))
+            total = mine.to(state_dtype(mine.dtype)) if mine.is_floating_point() else mine
+            slices = _swap_with_each(
+                channel,
+                lambda peer: take(d_full, dim, places.ranges(peer)),
+                lambda _: _like(mine, dim, places, channel.rank),
+            )
+            for _, arrived in slices:
+                total = total + arrived
+            channel.close()
+        return total.to(d_full.dtype), None, None, None
+
+
+def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str):
+    shape: list[int | None] = list(x.shape)
+    shape[dim] = None
+
+    def check() -> Terms:
+        common = {"call": what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
+        common["requires_grad"] = torch.is_grad_enabled() and x.requires_grad
+        return Terms(common, length)
+
+    transport = resolve(group)
+    channel, agreed = begin(transport, check, agreement=True)
+    return channel, agreed, transport
+
+
+def _swap_with_each(channel: Channel, outgoing, expected) -> Iterator[tuple[int, Tensor]]:
+    """Swap a tensor with one rank after the other; at most one is in flight. expected: a Spec, by peer."""
+    for distance in range(1, channel.size):
+        to, source = (channel.rank + distance) % channel.size, (channel.rank - distance) % channel.size
+        pending = channel.post(distance, 0, [(to, Parcel((outgoing(to),)))], [(source, expected(source))])
+        (parcel,) = pending.wait()
+        yield source, parcel.tensors[0]
+        channel.release(parcel)
+
+
+def _like(x: Tensor, dim: int, places: Layout, rank: int) -> Spec:
+    shape = (*x.shape[:dim], places.lengths[rank], *x.shape[dim + 1 :])
+    return Spec((shape,), (x.dtype,), x.device)
+
+
+def _put(full: Tensor, dim: int, ranges: Sequence[range], x: Tensor) -> None:
+    start = 0
+    for piece in ranges:
+        _at(full, dim, piece).copy_(x.narrow(dim, start, len(piece)))
+        start += len(piece)
+
+
+def _at(x: Tensor, dim: int, piece: range) -> Tensor:
+    index = [slice(None)] * x.ndim
+    index[dim] = slice(piece.start, piece.stop, piece.step)
+    return x[tuple(index)]

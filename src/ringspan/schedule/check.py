@@ -1,0 +1,135 @@
+"""Proves a schedule by playing it: slow, by brute force over positions, and knowing nothing of how it was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ringspan.layout import Layout
+from ringspan.problem import Mask
+from ringspan.schedule.contract import Schedule
+
+
+class ScheduleError(AssertionError):
+    """A schedule that computes wrongly, waits for what never comes, or moves what nobody uses."""
+
+
+def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layout) -> None:
+    """Raise ScheduleError unless all ranks' schedules of one pass together are right.
+
+    Every visible pair is computed exactly once and no invisible one; every shard is there before it is used and
+    is used at the step it was sent for; both ends of each hop agree; no rank holds more than two visiting shards
+    (the one in use and the one arriving); and, where gradients ride, each part reaches its owner exactly once.
+    """
+    _check_pairs(schedules, mask, queries, keys)
+    _check_hops(schedules)
+    if any(step.ride_send or step.ride_receive for plan in schedules for step in plan.steps):
+        _check_rides(schedules)
+
+
+def _require(truth: bool, message: str) -> None:
+    if not truth:
+        raise ScheduleError(message)
+
+
+def _check_pairs(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layout) -> None:
+    computed = np.zeros((mask.num_queries, mask.num_keys), dtype=np.int64)
+    for plan in schedules:
+        for step in plan.steps:
+            query_rank, key_rank = (plan.rank, step.shard) if plan.travels == "keys" else (step.shard, plan.rank)
+            held_queries, held_keys = queries.positions(query_rank), keys.positions(key_rank)
+            for tile in step.tiles:
+                lo, hi = tile.intervals().arrays()
+                seen = np.arange(len(tile.keys)) >= lo[:, None]
+                seen &= np.arange(len(tile.keys)) < hi[:, None]
+                _require(bool(seen.any()), f"rank {plan.rank} computes a tile that shows nothing: {tile}")
+                rows, columns = held_queries[tile.rows], held_keys[tile.columns]
+                computed[np.ix_(rows, columns)] += seen
+    wrong = np.argwhere(computed != visible_pairs(mask))
+    if len(wrong):
+        query, key = wrong[0].tolist()
+        raise ScheduleError(
+            f"query {query}, key {key} is computed {computed[query, key]} times, "
+            f"visible {bool(visible_pairs(mask)[query, key])}; {len(wrong)} pairs are wrong"
+        )
+
+
+def visible_pairs(mask: Mask) -> np.ndarray:
+    """[num_queries, num_keys] bool, from the words of the definition and nothing else."""
+    seen = np.ones((mask.num_queries, mask.num_keys), dtype=bool)
+    query, key = np.arange(mask.num_queries)[:, None], np.arange(mask.num_keys)[None, :]
+    if mask.left >= 0:
+        seen &= query - key <= mask.left
+    if mask.right >= 0:
+        seen &= key - query <= mask.right
+    if mask.cu_seqlens is not None:
+        document = np.repeat(np.arange(len(mask.cu_seqlens) - 1), np.diff(mask.cu_seqlens))
+        seen &= document[:, None] == document[None, :]
+    return seen
+
+
+def _check_hops(schedules: Sequence[Schedule]) -> None:
+    posted, awaited = Counter(), Counter()
+    for plan in schedules:
+        held = {plan.rank}
+        visiting: int | None = None
+        for step in plan.steps:
+            expected = step.shard if step.tiles else None
+            _require(
+                expected in (None, plan.rank, visiting),
+                f"rank {plan.rank} step {step.index} uses shard {expected} but holds {visiting}",
+            )
+            for hop in step.send:
+                _require(hop.shard in held, f"rank {plan.rank} step {step.index} sends {hop}, which it does not hold")
+                posted[(step.index, plan.rank, hop.peer, hop.shard)] += 1
+            visiting = None
+            if step.receive is not None:
+                visiting = step.receive.shard
+                awaited[(step.index, step.receive.peer, plan.rank, visiting)] += 1
+                _require(
+                    _used_at(plan, visiting, step.index + 1),
+                    f"rank {plan.rank} receives shard {visiting} at step {step.index} and does not use it next",
+                )
+            held = {plan.rank} if visiting is None else {plan.rank, visiting}
+    _require(posted == awaited, f"hops that only one end knows: {(posted - awaited) + (awaited - posted)}")
+    _require(not posted or max(posted.values()) == 1, "a hop is posted twice")
+
+
+def _used_at(plan: Schedule, shard: int, index: int) -> bool:
+    return any(step.index == index and step.shard == shard and bool(step.tiles) for step in plan.steps)
+
+
+def _check_rides(schedules: Sequence[Schedule]) -> None:
+    """Play the gradients: a part is named by the rank that computed it."""
+    in_flight: dict[tuple[int, int, int], Counter] = {}  # (from, to, shard) -> parts it carries
+    home: dict[int, Counter] = {plan.rank: Counter() for plan in schedules}
+    due: dict[int, Counter] = {plan.rank: Counter() for plan in schedules}
+    by_index = {(plan.rank, step.index): step for plan in schedules for step in plan.steps}
+    for index in range(1 + max((step for _, step in by_index), default=0)):
+        sent = {}
+        for plan in schedules:
+            step = by_index.get((plan.rank, index))
+            if step is None:
+                continue
+            part = Counter({plan.rank: 1}) if step.tiles else Counter()
+            if step.tiles:
+                due[step.shard][plan.rank] += 1
+            for hop in step.ride_receive:
+                arrived = in_flight.pop((hop.peer, plan.rank, hop.shard), None)
+                _require(arrived is not None, f"rank {plan.rank} step {index} waits for {hop}, never sent")
+                if hop.shard == plan.rank:
+                    home[plan.rank] += arrived
+                else:
+                    _require(hop.shard == step.shard and bool(step.tiles), f"{hop} comes to no work")
+                    part += arrived
+            if index == 0:
+                home[plan.rank] += part
+            elif step.tiles:
+                _require(step.ride_send is not None, f"rank {plan.rank} step {index} keeps a gradient back")
+                sent[(plan.rank, step.ride_send.peer, step.shard)] = part
+        _require(not in_flight, f"gradients that nobody received by step {index}: {list(in_flight)}")
+        in_flight = sent
+    _require(not in_flight, f"gradients left in flight: {list(in_flight)}")
+    _require(home == due, f"gradient parts that came home {home}, computed {due}")

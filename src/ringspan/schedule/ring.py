@@ -1,0 +1,111 @@
+"""The ring: neighbours hand shards on, and whoever does not need a shard is left out.
+
+Two rules say it all. A shard for step t + 1 comes from the neighbour that works on it in step t, if there is
+one, else straight from its owner. Its gradient goes from the rank of step t to the rank of step t + 1, if that
+one works on the shard, else straight home. So every hop ends at a rank that uses what it carries, and a rank
+never holds more than the shard it works on and the one that is arriving.
+(Liu, Zaharia, Abbeel: Ring Attention with Blockwise Transformers, 2023, for the ring itself.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ringspan.layout import Layout
+from ringspan.problem import Mask, Problem
+from ringspan.schedule.contract import Hop, Schedule, Step, Travels
+from ringspan.tile import Tile, tiles_between
+
+
+@lru_cache(maxsize=4096)
+def ring_schedule(
+    mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
+) -> Schedule:
+    """One rank's schedule. rides: gradients of the travelling shard ride along (the backward)."""
+    ring = _Ring(mask, query_layout, key_layout, travels)
+    steps = (ring.step(rank, index, rides) for index in range(ring.num_ranks + rides))
+    return Schedule(rank, ring.num_ranks, travels, tuple(step for step in steps if not step.idle))
+
+
+def travelling_side(problem: Problem) -> Travels:
+    """What should travel in the backward: whichever moves fewer bytes, judged by the whole group's sizes."""
+    return min(("keys", "queries"), key=lambda travels: backward_hop_bytes(problem, travels))
+
+
+def backward_hop_bytes(problem: Problem, travels: Travels) -> int:
+    """Bytes that move if every shard makes one hop with its gradient: k, v, dk, dv; or q, do, lse, delta, dq."""
+    inputs, state = problem.itemsize_bytes, problem.state_itemsize_bytes
+    if travels == "keys":
+        rows = problem.batch * problem.num_kv_heads * problem.mask.num_keys
+        return rows * problem.head_dim * (2 * inputs + 2 * state)
+    rows = problem.batch * problem.num_heads * problem.mask.num_queries
+    return rows * (problem.head_dim * (2 * inputs + state) + 2 * state)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    mask: Mask
+    query_layout: Layout
+    key_layout: Layout
+    travels: Travels
+
+    @property
+    def num_ranks(self) -> int:
+        return self.query_layout.num_ranks
+
+    def tiles(self, rank: int, shard: int) -> tuple[Tile, ...]:
+        """What `rank` computes with the travelling `shard`."""
+        query_rank, key_rank = (rank, shard) if self.travels == "keys" else (shard, rank)
+        return _tiles(self.mask, self.query_layout, self.key_layout, query_rank, key_rank)
+
+    def works(self, index: int, shard: int) -> bool:
+        """Whether the rank that meets `shard` at a step computes anything with it."""
+        if not 0 <= index < self.num_ranks:
+            return False
+        return bool(self.tiles((shard + index) % self.num_ranks, shard))
+
+    def step(self, rank: int, index: int, rides: bool) -> Step:
+        shard = (rank - index) % self.num_ranks
+        last = index == self.num_ranks  # only gradients come home then
+        return Step(
+            index,
+            shard,
+            () if last else self.tiles(rank, shard),
+            () if last else tuple(self._sends(rank, index, shard)),
+            None if last else self._receive(rank, index),
+            tuple(self._ride_receives(rank, index, shard)) if rides else (),
+            self._ride_send(rank, index, shard) if rides else None,
+        )
+
+    def _sends(self, rank: int, index: int, shard: int):
+        neighbour = (rank + 1) % self.num_ranks
+        if (index == 0 or self.works(index, shard)) and self.works(index + 1, shard):
+            yield Hop(neighbour, shard)
+        if index > 0 and not self.works(index, rank) and self.works(index + 1, rank):
+            yield Hop((rank + index + 1) % self.num_ranks, rank)
+
+    def _receive(self, rank: int, index: int) -> Hop | None:
+        shard = (rank - index - 1) % self.num_ranks
+        if not self.works(index + 1, shard):
+            return None
+        handed_on = index == 0 or self.works(index, shard)
+        return Hop((rank - 1) % self.num_ranks if handed_on else shard, shard)
+
+    def _ride_receives(self, rank: int, index: int, shard: int):
+        if index >= 2 and self.works(index, shard) and self.works(index - 1, shard):
+            yield Hop((rank - 1) % self.num_ranks, shard)
+        # A gradient of this rank's own shard comes home from the last of a run of ranks that worked on it.
+        if index >= 2 and self.works(index - 1, rank) and not self.works(index, rank):
+            yield Hop((rank + index - 1) % self.num_ranks, rank)
+
+    def _ride_send(self, rank: int, index: int, shard: int) -> Hop | None:
+        if index == 0 or not self.works(index, shard):
+            return None
+        goes_on = self.works(index + 1, shard)
+        return Hop((rank + 1) % self.num_ranks if goes_on else shard, shard)
+
+
+@lru_cache(maxsize=1 << 16)
+def _tiles(mask: Mask, query_layout: Layout, key_layout: Layout, query_rank: int, key_rank: int) -> tuple[Tile, ...]:
+    return tiles_between(query_layout.ranges(query_rank), key_layout.ranges(key_rank), mask)

@@ -1,0 +1,221 @@
+"""ONE unit of work: a run of queries against a run of keys, and the interval of keys that each row sees.
+
+A kernel is handed `RowIntervals` and knows nothing of documents, windows or layouts. A `Tile` stores only the
+rule (two ranges and the mask) and makes the intervals, vectorised, when they are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from ringspan.problem import UNBOUNDED, Mask
+
+
+class Kind(Enum):
+    EMPTY = "empty"
+    FULL = "full"
+    BAND = "band"
+    GENERAL = "general"
+
+
+@dataclass(frozen=True)
+class Band:
+    """Row i sees key j iff i + lower <= j < i + upper; None is unbounded."""
+
+    lower: int | None = None
+    upper: int | None = None
+
+    def kind(self, num_rows: int, num_keys: int) -> Kind:
+        # j - i takes every value from 1 - num_rows to num_keys - 1, and nothing else.
+        smallest, largest = 1 - num_rows, num_keys - 1
+        lower = smallest if self.lower is None else max(self.lower, smallest)
+        upper = largest if self.upper is None else min(self.upper - 1, largest)
+        if num_rows == 0 or num_keys == 0 or lower > upper:
+            return Kind.EMPTY
+        return Kind.FULL if (lower, upper) == (smallest, largest) else Kind.BAND
+
+
+@dataclass(frozen=True, eq=False)
+class RowIntervals:
+    """Row i of a tile sees its keys lo[i] <= j < hi[i]: from a band, or from arrays.
+
+    num_rows, num_keys: the tile's size T, S.
+    band: the rule, where there is one; else
+    lo, hi: int32 or int64 arrays, [T] or [B, H, T]; values are clipped to [0, S], lo >= hi sees nothing.
+    """
+
+    num_rows: int
+    num_keys: int
+    band: Band | None = Band()
+    lo: np.ndarray | None = None
+    hi: np.ndarray | None = None
+
+    @property
+    def kind(self) -> Kind:
+        if self.band is not None:
+            return self.band.kind(self.num_rows, self.num_keys)
+        lo, hi = self.arrays()
+        if not (lo < hi).any():
+            return Kind.EMPTY
+        return Kind.FULL if not lo.any() and (hi == self.num_keys).all() else Kind.GENERAL
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(lo, hi), int64, [T] or [B, H, T], clipped to [0, S]."""
+        if self.band is None:
+            assert self.lo is not None and self.hi is not None
+            bounds = (self.lo.astype(np.int64), self.hi.astype(np.int64))
+        else:
+            rows = np.arange(self.num_rows, dtype=np.int64)
+            lower = -self.num_rows if self.band.lower is None else self.band.lower
+            upper = self.num_keys if self.band.upper is None else self.band.upper
+            bounds = (rows + lower, rows + upper)
+        lo, hi = (np.clip(bound, 0, self.num_keys) for bound in bounds)
+        return lo, hi
+
+    def block(self, rows: slice, keys: slice) -> RowIntervals:
+        """The same for a run of the rows and a run of the keys (slices with explicit start and stop)."""
+        num_rows, num_keys = rows.stop - rows.start, keys.stop - keys.start
+        if self.band is None:
+            assert self.lo is not None and self.hi is not None
+            lo, hi = (bound[..., rows].astype(np.int64) - keys.start for bound in (self.lo, self.hi))
+            return RowIntervals(num_rows, num_keys, None, lo, hi)
+        shift = rows.start - keys.start
+        moved = (None if edge is None else edge + shift for edge in (self.band.lower, self.band.upper))
+        return RowIntervals(num_rows, num_keys, Band(*moved))
+
+    def heads(self, batch: slice, heads: slice) -> RowIntervals:
+        """The same for some batch entries and query heads."""
+        if self.band is not None or self.lo is None or self.lo.ndim == 1:
+            return self
+        assert self.hi is not None
+        chosen = (batch, heads)
+        return RowIntervals(self.num_rows, self.num_keys, None, self.lo[chosen], self.hi[chosen])
+
+    def within(self, lo: np.ndarray, hi: np.ndarray) -> RowIntervals:
+        """The same, cut down to what bounds of the tile's own rows and keys leave: [T] or [B, H, T]."""
+        mine = self.arrays()
+        return RowIntervals(self.num_rows, self.num_keys, None, np.maximum(mine[0], lo), np.minimum(mine[1], hi))
+
+    def key_span(self) -> tuple[int, int]:
+        """The smallest [start, stop) that holds every key that some row sees; (0, 0) where none is."""
+        lo, hi = self.arrays()
+        seeing = lo < hi
+        if not seeing.any():
+            return 0, 0
+        return int(lo[seeing].min()), int(hi[seeing].max())
+
+    def num_visible_pairs(self) -> int:
+        """Visible (row, key) pairs; summed over B and H where the intervals have those axes."""
+        lo, hi = self.arrays()
+        return int(np.maximum(hi - lo, 0).sum())
+
+    def pieces(self) -> Iterator[Piece]:
+        """The visible rows as runs in which lo and hi each stay put or each step by one per row.
+
+        Intervals of shape [T] only. Packed documents come out as one piece a document; a causal diagonal
+        that the tile's edge clips comes out as a diagonal and a rectangle.
+        """
+        lo, hi = self.arrays()
+        seeing = lo < hi
+        lo_steps, hi_steps = np.diff(lo), np.diff(hi)
+        regular = seeing[:-1] & seeing[1:] & (lo_steps >> 1 == 0) & (hi_steps >> 1 == 0)
+        code = np.where(regular, 2 * lo_steps + hi_steps, -1)
+        ends = np.append(np.flatnonzero(np.diff(code)) + 1, self.num_rows - 1)
+        row = 0
+        while row < self.num_rows:
+            last = row
+            if row < self.num_rows - 1 and code[row] >= 0:
+                last = int(ends[np.searchsorted(ends, row, side="right")])
+            if seeing[row]:
+                steps = (int(lo_steps[row]), int(hi_steps[row])) if last > row else (0, 0)
+                yield Piece(slice(row, last + 1), int(lo[row]), int(hi[row]), *steps)
+            row = last + 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows whose intervals follow one line: row i of the piece sees lo + i*lo_step <= j < hi + i*hi_step."""
+
+    rows: slice
+    lo: int
+    hi: int
+    lo_step: int
+    hi_step: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries at some global positions against keys at others, under a mask.
+
+    row_start, key_start: where the two runs begin in their shards.
+    """
+
+    queries: range
+    keys: range
+    row_start: int
+    key_start: int
+    mask: Mask
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row_start, self.row_start + len(self.queries))
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.key_start, self.key_start + len(self.keys))
+
+    def intervals(self) -> RowIntervals:
+        """Local key indices that each row sees."""
+        num_rows, num_keys = len(self.queries), len(self.keys)
+        band = self._band()
+        if band is not None:
+            return RowIntervals(num_rows, num_keys, band)
+        positions = np.arange(self.queries.start, self.queries.stop, self.queries.step, dtype=np.int64)
+        lo, hi = (
+            # Local index of the first key at or after a global position: a ceiling division.
+            -((self.keys.start - bound) // self.keys.step)
+            for bound in self.mask.intervals(positions)
+        )
+        return RowIntervals(num_rows, num_keys, None, lo, hi)
+
+    @property
+    def kind(self) -> Kind:
+        return self.intervals().kind
+
+    def _band(self) -> Band | None:
+        """The tile as a diagonal band, where documents do not matter and both runs have one stride."""
+        if not self.queries or not self.keys:
+            return Band()
+        stride = self.queries.step
+        if not self.mask.sees_all and stride != self.keys.step:
+            return None
+        start, stop = self.mask.document(self.queries[0])
+        if not (start <= self.queries[-1] < stop):
+            return None
+        if self.keys[-1] < start or self.keys[0] >= stop:
+            return Band(upper=-len(self.queries))
+        if self.keys[0] < start or self.keys[-1] >= stop:
+            return None
+        distance = self.queries.start - self.keys.start
+        lower = None if self.mask.left == UNBOUNDED else -((self.mask.left - distance) // stride)
+        upper = None if self.mask.right == UNBOUNDED else (distance + self.mask.right) // stride + 1
+        return Band(lower, upper)
+
+
+def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> tuple[Tile, ...]:
+    """Every tile of a query shard and a key shard in which some pair is visible."""
+    found = []
+    row_start = 0
+    for queries in query_ranges:
+        key_start = 0
+        for keys in key_ranges:
+            tile = Tile(queries, keys, row_start, key_start, mask)
+            if tile.kind is not Kind.EMPTY:
+                found.append(tile)
+            key_start += len(keys)
+        row_start += len(queries)
+    return tuple(found)

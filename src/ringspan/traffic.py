@@ -1,0 +1,86 @@
+"""What is visiting, arriving, riding and leaving at one rank while its schedule runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ringspan.schedule.contract import Step
+from ringspan.transport.contract import Channel, Parcel, Pending, Spec
+
+_SHARDS, _RIDES = 0, 1  # lanes of a channel: shards on their way round, gradients riding along
+
+
+class Traffic:
+    """What is visiting, arriving, riding and leaving at this rank."""
+
+    def __init__(
+        self, channel: Channel, rank: int, own: Sequence[Tensor], lengths: tuple[int, ...], flipped: Sequence[bool]
+    ) -> None:
+        self._channel = channel
+        self._rank = rank
+        self._lengths = lengths
+        self._flipped = flipped
+        self._own = Parcel(tuple(_flip(own, flipped)))
+        self._visiting: Parcel = self._own
+        self._leaving: Pending | None = None
+
+    def visiting(self) -> tuple[Tensor, ...]:
+        return tuple(_flip(self._visiting.tensors, self._flipped))
+
+    def post_shards(self, step: Step) -> Pending:
+        sends = [(hop.peer, self._own if hop.shard == self._rank else self._visiting) for hop in step.send]
+        receives = []
+        if step.receive is not None:
+            shapes = [_long(x.shape, self._lengths[step.receive.shard], 2) for x in self.visiting()]
+            shapes = [
+                (*shape[:-2], shape[-1], shape[-2]) if flip else shape
+                for shape, flip in zip(shapes, self._flipped, strict=True)
+            ]
+            receives.append((step.receive.peer, _spec(shapes, self._own.tensors)))
+        return self._channel.post(step.index, _SHARDS, sends, receives)
+
+    def receive_shard(self, arriving: Pending) -> None:
+        """Wait for the step's hops; what arrived is visiting now, what was visiting may be overwritten."""
+        arrived = arriving.wait()
+        if self._visiting is not self._own:
+            self._channel.release(self._visiting)
+        self._visiting = arrived[0] if arrived else self._own
+
+    def post_ride_receives(self, step: Step, home: Sequence[Tensor]) -> Pending:
+        receives = []
+        for hop in step.ride_receive:
+            shapes = [_long(x.shape, self._lengths[hop.shard], 2) for x in home]
+            receives.append((hop.peer, _spec(shapes, home)))
+        return self._channel.post(step.index - 1, _RIDES, (), receives)
+
+    def receive_rides(self, step: Step, riding: Pending, part: Sequence[Tensor], home: Sequence[Tensor]) -> None:
+        for hop, parcel in zip(step.ride_receive, riding.wait(), strict=True):
+            for target, arrived in zip(home if hop.shard == self._rank else part, parcel.tensors, strict=True):
+                target.add_(arrived)
+            self._channel.release(parcel)
+
+    def send_ride(self, step: Step, part: tuple[Tensor, ...]) -> None:
+        if self._leaving is not None:
+            self._leaving.wait()
+            self._leaving = None
+        if step.ride_send is not None:
+            self._leaving = self._channel.post(step.index, _RIDES, [(step.ride_send.peer, Parcel(part))])
+
+    def finish(self) -> None:
+        if self._leaving is not None:
+            self._leaving.wait()
+        self._channel.close()
+
+
+def _flip(tensors: Sequence[Tensor], flipped: Sequence[bool]) -> list[Tensor]:
+    return [x.mT if flip else x for x, flip in zip(tensors, flipped, strict=True)]
+
+
+def _long(shape: Sequence[int], length: int, dim: int) -> tuple[int, ...]:
+    return (*shape[:dim], length, *shape[dim + 1 :])
+
+
+def _spec(shapes: Sequence[tuple[int, ...]], like: Sequence[Tensor]) -> Spec:
+    return Spec(tuple(shapes), tuple(x.dtype for x in like), like[0].device)

@@ -1,0 +1,99 @@
+"""What a transport is: moving tuples of tensors between the ranks of one group, and nothing else.
+
+A `Transport` belongs to one rank of one group and lives as long as the group. Each call of the library opens
+one `Channel` on it, for all ranks of the group or for a ring of some of them. Every transport passes the one
+behaviour suite, tests/transport_behaviour.py.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a parcel will hold: a shape for each tensor, a dtype for each, one device."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+
+@dataclass(eq=False)
+class Parcel:
+    """Tensors that travel together. owner: the ring's rank that lent them (local transport), for `release`."""
+
+    tensors: tuple[Tensor, ...]
+    owner: int | None = None
+
+
+class Pending(ABC):
+    """Transfers that were posted."""
+
+    @abstractmethod
+    def wait(self) -> list[Parcel]:
+        """Block, within the group's timeout, until all is sent and received; what was received, in order.
+
+        Raises RankFailedError, naming the rank that was waited for and the one that failed first, if known.
+        """
+
+
+class Channel(ABC):
+    """One call's transfers. `rank` and `size` count within the ring that the channel was opened for."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def post(
+        self,
+        index: int,
+        lane: int,
+        sends: Sequence[tuple[int, Parcel]] = (),
+        receives: Sequence[tuple[int, Spec]] = (),
+    ) -> Pending:
+        """Start transfers and return at once. (index, lane) pairs a send with its receive between two ranks.
+
+        A parcel that is sent must not be changed before `wait` (of this post) and, if it was lent by another
+        rank or is this rank's own, before `close`.
+        """
+
+    def release(self, parcel: Parcel) -> None:  # noqa: B027 (most transports need nothing here)
+        """The caller is done with a received parcel."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Block until every rank that reads this rank's own tensors has finished with them."""
+
+    def computing(self) -> AbstractContextManager:
+        """Held while a kernel runs, never while waiting: lets a transport bound how many compute at once."""
+        return nullcontext()
+
+
+class Transport(ABC):
+    """One rank's end of a group."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def begin_call(self) -> int:
+        """The number of the call that begins; equal on all ranks as long as they make the same calls."""
+
+    @abstractmethod
+    def agree(self, call: int, message: bytes) -> list[bytes]:
+        """Every rank's message, by rank. All messages of a call have one length. Raises RankFailedError."""
+
+    @abstractmethod
+    def channel(self, call: int, members: Sequence[int]) -> Channel:
+        """The channel of a ring of these ranks of the group, the caller among them."""
+
+    @abstractmethod
+    def fail(self, reason: str) -> None:
+        """This rank gives up in the middle of a call: the others are told and raise; the group is done for."""

@@ -1,0 +1,356 @@
+"""Rings of threads in one process: the group, the current group of a thread, and `run_local`.
+
+Nothing is copied: a parcel is handed over as references, and a rank leaves a call only when nobody reads its
+tensors any more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from ringspan.errors import ArgumentError, RankFailedError, RingspanError, WorkerError, explain
+from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
+
+DEFAULT_TIMEOUT_S = 1800.0
+
+_serial = itertools.count()
+_thread = threading.local()
+
+
+class LocalGroup:
+    """What `run_local` hands to each worker: its place among the threads of one ring."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board = board
+        self._rank = rank
+        self.transport = LocalTransport(board, rank)
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._board.size
+
+    @property
+    def name(self) -> str:
+        """Names the group; the rank is that of the worker thread in which the name is resolved."""
+        return f"local:{self._board.serial}"
+
+    def __repr__(self) -> str:
+        return f"LocalGroup(rank={self._rank}, size={self._board.size})"
+
+
+def current_group() -> LocalGroup | None:
+    """The group of the `run_local` worker that this thread is, or None."""
+    groups = getattr(_thread, "groups", None)
+    return groups[-1] if groups else None
+
+
+def resolve_local(name: str) -> LocalGroup:
+    """The group of that name in which this thread is a worker."""
+    for group in getattr(_thread, "groups", ()):
+        if group.name == name:
+            return group
+    raise ArgumentError(
+        explain(
+            "a local ring must be used in its worker's own thread, forward and backward.",
+            got=f"a call on {name} from thread {threading.current_thread().name!r}, which is not a worker of it",
+            fix="call loss.backward() inside the function that run_local runs, not on tensors it returned",
+        )
+    )
+
+
+def alone() -> LocalGroup:
+    """A ring of one, for callers without a group."""
+    return LocalGroup(_Board(1, DEFAULT_TIMEOUT_S), 0)
+
+
+def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: float | None = None) -> list[Any]:
+    """Run ``fn(group, *args)`` in `num_workers` threads of this process, as the ranks of one ring.
+
+    Returns the workers' results, by rank. Grad mode, inference mode and autocast of the caller hold in the
+    workers. torch's threads are shared out over the workers while they run. `timeout` bounds every wait of one
+    worker for another, in seconds (default 1800).
+
+    If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
+    ringspan with its type and the rank added, any other exception as WorkerError raised from it.
+    """
+    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+        raise ArgumentError(
+            explain("num_workers must be an integer of at least 1.", got=repr(num_workers), fix="e.g. 4")
+        )
+    if timeout is not None and not timeout > 0:
+        raise ArgumentError(explain("timeout must be a positive number of seconds.", got=repr(timeout)))
+    board = _Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))
+    groups = [LocalGroup(board, rank) for rank in range(num_workers)]
+    results: list[Any] = [None] * num_workers
+    carry = _carried_modes()
+
+    def work(group: LocalGroup) -> None:
+        try:
+            with _entered(group), carry():
+                results[group.rank()] = fn(group, *args)
+        except BaseException as error:  # also KeyboardInterrupt: the others must not wait for this worker
+            board.fail(group.rank(), error)
+
+    threads = [
+        threading.Thread(target=work, args=(group,), name=f"ringspan-worker-{group.rank()}", daemon=True)
+        for group in groups
+    ]
+    with _shared_threads(num_workers):
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # Ctrl-C in the caller: release the workers before leaving
+            board.fail(None, error)
+            raise
+    if board.failure is not None:
+        _raise_failure(*board.failure)
+    return results
+
+
+def _raise_failure(rank: int | None, error: BaseException) -> None:
+    if isinstance(error, RingspanError):
+        error.add_note(f"raised in rank {rank} of run_local")
+        raise error
+    if not isinstance(error, Exception):
+        raise error
+    raise WorkerError(f"rank {rank} of run_local raised {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _entered(group: LocalGroup):
+    if not hasattr(_thread, "groups"):
+        _thread.groups = []
+    _thread.groups.append(group)
+    try:
+        yield
+    finally:
+        _thread.groups.pop()
+
+
+def _carried_modes() -> Callable[[], AbstractContextManager]:
+    """The caller's grad mode, inference mode and autocast, to be entered in another thread."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = [
+        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
+    ]
+    cache = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def entered():
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            contexts = [
+                torch.autocast(device, dtype=dtype, enabled=True, cache_enabled=cache)
+                for device, dtype, enabled in autocast
+                if enabled
+            ]
+            for context in contexts:
+                context.__enter__()
+            try:
+                yield
+            finally:
+                for context in reversed(contexts):
+                    context.__exit__(None, None, None)
+
+    return entered
+
+
+@contextmanager
+def _shared_threads(num_workers: int):
+    """torch.set_num_threads is one setting for the whole process: set before the workers start, restored after."""
+    before = torch.get_num_threads()
+    share = max(1, before // num_workers)
+    try:
+        if share != before:
+            torch.set_num_threads(share)
+        yield
+    finally:
+        if share != before:
+            torch.set_num_threads(before)
+
+
+class _Board:
+    """What the ranks of one local ring share."""
+
+    def __init__(self, size: int, timeout_s: float) -> None:
+        self.size = size
+        self.serial = next(_serial)
+        self.timeout_s = timeout_s
+        self.boxes = [_Mailbox() for _ in range(size)]
+        self.permits = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
+        self.failure: tuple[int | None, BaseException] | None = None
+        self.agreements: dict[int, _Rendezvous] = {}
+        self.lock = threading.Lock()
+
+    def fail(self, rank: int | None, error: BaseException) -> None:
+        """Record the first failure and wake whoever waits."""
+        with self.lock:
+            if self.failure is None:
+                self.failure = (rank, error)
+        for box in self.boxes:
+            with box.changed:
+                box.changed.notify_all()
+
+    def wait(self, box: _Mailbox, ready: Callable[[], bool], waiting_for: Callable[[], str]) -> None:
+        """With box.changed held: wait until ready, or raise when a rank failed or the timeout has passed."""
+        deadline = time.monotonic() + self.timeout_s
+        while not ready():
+            if self.failure is not None:
+                raise RankFailedError(
+                    f"gave up waiting for {waiting_for()}: {_who(self.failure[0])} failed first: {self.failure[1]!r}"
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise RankFailedError(
+                    explain(
+                        f"waited {self.timeout_s:g} s for {waiting_for()}.",
+                        fix="every rank must make the same calls; run_local(..., timeout=...) sets the bound",
+                    )
+                )
+            box.changed.wait(left)
+
+
+def _who(rank: int | None) -> str:
+    return "the caller of run_local" if rank is None else f"rank {rank}"
+
+
+class _Mailbox:
+    """What one rank waits on: parcels that came for it, agreements, and readers of what it lent."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.parcels: dict[tuple, Parcel] = {}
+        self.num_readers: dict[tuple, int] = {}
+
+
+class _Rendezvous:
+    def __init__(self, size: int) -> None:
+        self.messages: list[bytes | None] = [None] * size
+        self.num_missing = size
+        self.num_readers = size
+
+
+class LocalTransport(Transport):
+    """One rank's end of a board."""
+
+    def __init__(self, board: _Board, rank: int) -> None:
+        self._board = board
+        self.rank = rank
+        self.size = board.size
+        self._num_calls = 0
+
+    def begin_call(self) -> int:
+        self._num_calls += 1
+        return self._num_calls
+
+    def agree(self, call: int, message: bytes) -> list[bytes]:
+        board, box = self._board, self._board.boxes[self.rank]
+        with board.lock:
+            meeting = board.agreements.setdefault(call, _Rendezvous(self.size))
+            meeting.messages[self.rank] = message
+            meeting.num_missing -= 1
+            complete = meeting.num_missing == 0
+        if complete:
+            for other in board.boxes:
+                with other.changed:
+                    other.changed.notify_all()
+        with box.changed:
+            board.wait(box, lambda: meeting.num_missing == 0, lambda: f"{_missing(meeting)} to begin call {call}")
+        with board.lock:
+            meeting.num_readers -= 1
+            if meeting.num_readers == 0:
+                del board.agreements[call]
+        return [message for message in meeting.messages if message is not None]
+
+    def channel(self, call: int, members: Sequence[int]) -> Channel:
+        return _LocalChannel(self._board, call, tuple(members), self.rank)
+
+    def fail(self, reason: str) -> None:
+        self._board.fail(self.rank, RankFailedError(reason))
+
+
+def _missing(meeting: _Rendezvous) -> str:
+    absent = [str(rank) for rank, message in enumerate(meeting.messages) if message is None]
+    return f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent)}"
+
+
+class _LocalChannel(Channel):
+    def __init__(self, board: _Board, call: int, members: tuple[int, ...], group_rank: int) -> None:
+        self._board = board
+        self._call = call
+        self._members = members
+        self._group_rank = group_rank
+        self.rank = members.index(group_rank)
+        self.size = len(members)
+
+    def post(
+        self,
+        index: int,
+        lane: int,
+        sends: Sequence[tuple[int, Parcel]] = (),
+        receives: Sequence[tuple[int, Spec]] = (),
+    ) -> Pending:
+        for peer, parcel in sends:
+            owner = self.rank if parcel.owner is None else parcel.owner
+            self._count_readers(owner, +1)
+            box = self._board.boxes[self._members[peer]]
+            with box.changed:
+                box.parcels[(self._call, self._group_rank, index, lane)] = Parcel(parcel.tensors, owner)
+                box.changed.notify_all()
+        return _LocalPending(self, index, lane, [peer for peer, _ in receives])
+
+    def take(self, index: int, lane: int, peer: int) -> Parcel:
+        source = self._members[peer]
+        box = self._board.boxes[self._group_rank]
+        key = (self._call, source, index, lane)
+        with box.changed:
+            self._board.wait(
+                box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}"
+            )
+            return box.parcels.pop(key)
+
+    def release(self, parcel: Parcel) -> None:
+        if parcel.owner is not None:
+            self._count_readers(parcel.owner, -1)
+
+    def _count_readers(self, owner: int, change: int) -> None:
+        box = self._board.boxes[self._members[owner]]
+        with box.changed:
+            box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
+            if change < 0:
+                box.changed.notify_all()
+
+    def close(self) -> None:
+        # A rank that hands a parcel on counts its reader before it releases its own hold, so the count of
+        # readers cannot touch 0 while anybody still reads or will read.
+        box = self._board.boxes[self._group_rank]
+        with box.changed:
+            self._board.wait(
+                box,
+                lambda: not box.num_readers.get(self._call),
+                lambda: f"the readers of rank {self._group_rank}'s tensors in call {self._call}",
+            )
+            box.num_readers.pop(self._call, None)
+
+    def computing(self) -> AbstractContextManager:
+        return self._board.permits
+
+
+class _LocalPending(Pending):
+    def __init__(self, channel: _LocalChannel, index: int, lane: int, peers: list[int]) -> None:
+        self._take = channel.take
+        self._keys = [(index, lane, peer) for peer in peers]
+
+    def wait(self) -> list[Parcel]:
+        return [self._take(*key) for key in self._keys]

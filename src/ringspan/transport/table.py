@@ -1,0 +1,94 @@
+"""From a user's `group` to this rank's end of it, and back from a name, which is what graphs can store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.transport.contract import Transport
+from ringspan.transport.local import LocalGroup, alone, current_group, resolve_local
+from ringspan.transport.torch_dist import transport_of
+
+TRANSPORTS = ("auto", "local", "torch_dist")
+ALONE = "alone"
+
+
+def group_name(group: Any, transport: str = "auto") -> str:
+    """The name under which `resolve` finds the group again, in this process and thread.
+
+    group: a LocalGroup, a ProcessGroup, a 1-D DeviceMesh, or None: the worker's own group inside run_local,
+    else the default process group, else a ring of one.
+    """
+    if group is None:
+        group = current_group()
+    if group is None and dist.is_available() and dist.is_initialized():
+        group = dist.group.WORLD
+    if isinstance(group, DeviceMesh):
+        group = _group_of_mesh(group)
+    name = _name_of(group)
+    _check_transport(name, transport)
+    return name
+
+
+def _name_of(group: Any) -> str:
+    if group is None:
+        return ALONE
+    if isinstance(group, LocalGroup):
+        return group.name
+    if isinstance(group, dist.ProcessGroup):
+        return f"dist:{group.group_name}"
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ArgumentError(
+            explain(
+                "group does not contain this rank.",
+                got="what torch.distributed.new_group returns to ranks outside of the group",
+                fix="call only on the ranks of the group",
+            )
+        )
+    raise ArgumentTypeError(
+        explain(
+            "group is not a group.",
+            got=repr(type(group)),
+            fix="a torch.distributed ProcessGroup, a 1-D DeviceMesh, the group that run_local hands out, or None",
+        )
+    )
+
+
+def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    if mesh.ndim != 1:
+        raise ArgumentError(
+            explain(
+                "group must be a 1-D DeviceMesh: a ring has one axis.",
+                got=f"{mesh.ndim} axes {mesh.mesh_dim_names or tuple(mesh.shape)}",
+                fix='pass one axis of it, e.g. mesh["cp"]',
+            )
+        )
+    return mesh.get_group()
+
+
+def _check_transport(name: str, transport: str) -> None:
+    if transport not in TRANSPORTS:
+        known = ", ".join(map(repr, TRANSPORTS))
+        raise ArgumentError(explain("transport is unknown.", got=repr(transport), fix=f"one of {known}"))
+    serves = "torch_dist" if name.startswith("dist:") else "local"
+    if transport not in ("auto", serves):
+        raise ArgumentError(
+            explain(
+                f"transport={transport!r} cannot serve this group.",
+                got=f"a group of {'a torch.distributed process group' if serves == 'torch_dist' else 'threads'}",
+                fix=f'transport="{serves}" or "auto"',
+            )
+        )
+
+
+def resolve(name: str) -> Transport:
+    """This rank's end of the group of that name."""
+    if name == ALONE:
+        return alone().transport
+    kind, _, rest = name.partition(":")
+    if kind == "local":
+        return resolve_local(name).transport
+    return transport_of(dist.distributed_c10d._resolve_process_group(rest))

@@ -1,0 +1,382 @@
+"""Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs (and NCCL, not yet run here).
+
+gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So a helper thread per
+group sits in them, while the caller watches it and a key of the group's store under which the first rank that
+fails leaves its name and reason.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ringspan.errors import RankFailedError, explain
+from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
+
+# Tags of ringspan's messages: this bit, then call, step, lane and the tensor's place in its parcel.
+_TAG_BIT = 1 << 30
+_CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
+
+# Two messages of half the size cost one more round of gloo's handshake; one message costs a copy. Below this
+# size of a parcel the copy is cheaper (benchmarks/messages.py).
+PACK_BYTES = 256 << 10
+_ALIGN = 16
+
+_WATCH_S = 0.1  # how often a rank that waits looks at the failure key
+_ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
+
+_transports: weakref.WeakKeyDictionary[Any, TorchDistTransport] = weakref.WeakKeyDictionary()
+
+
+def transport_of(group: dist.ProcessGroup) -> TorchDistTransport:
+    """This rank's one transport of a process group."""
+    if group not in _transports:
+        _transports[group] = TorchDistTransport(group)
+    return _transports[group]
+
+
+class TorchDistTransport(Transport):
+    """This rank's end of a process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+        self.rank = group.rank()
+        self.size = group.size()
+        self.uses_gloo = dist.get_backend(group) == "gloo"
+        self.timeout_s = _timeout_s(group)
+        self._bulletin = _Bulletin(group)
+        self._waiter = _Waiter(f"ringspan-waits-of-group-{group.group_name}")
+        weakref.finalize(group, self._waiter.stop)
+        self._num_calls = 0
+        self._failure: str | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        group = self._group()
+        assert group is not None, "the process group was destroyed"
+        return group
+
+    def begin_call(self) -> int:
+        if self._failure is not None:
+            raise RankFailedError(
+                explain(
+                    "this process group is done for: an earlier call on it failed.",
+                    got=self._failure,
+                    fix="end the job, or make a new process group",
+                )
+            )
+        self._num_calls += 1
+        return self._num_calls
+
+    def agree(self, call: int, message: bytes) -> list[bytes]:
+        device = torch.device("cpu") if self.uses_gloo else torch.device("cuda", torch.cuda.current_device())
+        mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        try:
+            work = dist.all_gather(every, mine, group=self.group, async_op=True)
+        except RuntimeError as error:  # a neighbour is gone already
+            raise self._gave_up(f"every rank to begin call {call}", str(error), call) from error
+        self.wait([work], [None], lambda _: f"every rank to begin call {call}", call)
+        return [bytes(part.cpu().numpy()) for part in every]
+
+    def channel(self, call: int, members: Sequence[int]) -> Channel:
+        return _DistChannel(self, call, tuple(members))
+
+    def fail(self, reason: str) -> None:
+        self._failure = self._failure or f"rank {self.rank}: {reason}"
+        self._bulletin.report(self.rank, reason)
+
+    def wait(self, works: list, peers: list, waiting_for, roll_call: int | None = None) -> None:
+        """Block until the works are done, in their order; raise RankFailedError when that cannot be any more."""
+        if not self.uses_gloo:
+            for work in works:  # on an accelerator this only orders streams; NCCL's watchdog bounds it
+                work.wait()
+            return
+        done = self._waiter.wait_for(works)
+        deadline = time.monotonic() + self.timeout_s + 5.0  # gloo's own bound comes first, with a reason
+        while True:
+            try:
+                done.result(timeout=_WATCH_S)
+                return
+            except FutureTimeout:
+                first = self._bulletin.first_failure()
+                if first is not None:
+                    raise self._gave_up(waiting_for(peers[done.position]), None, roll_call) from None
+                if time.monotonic() > deadline:
+                    reason = f"no answer within {self.timeout_s:g} s"
+                    raise self._gave_up(waiting_for(peers[done.position]), reason, roll_call) from None
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                raise self._gave_up(waiting_for(peers[done.position]), reason, roll_call) from error
+
+    def _gave_up(self, waited_for: str, reason: str | None, roll_call: int | None) -> RankFailedError:
+        """The error to raise, after telling the others and asking who else is still there."""
+        missing = "" if roll_call is None else self._bulletin.roll_call(self.rank, self.size, roll_call)
+        if reason is not None:
+            self._bulletin.report(self.rank, f"waited for {waited_for}{missing}: {reason}")
+        first = self._bulletin.first_failure()
+        self._failure = f"rank {self.rank} waited for {waited_for}{missing}"
+        lines = [f"rank {self.rank} gave up waiting for {waited_for}{missing}."]
+        if reason is not None:
+            lines.append(f"  got  {reason}")
+        if first is not None and first[0] != self.rank:
+            lines.append(f"  rank {first[0]} failed first: {first[1]}")
+        lines.append(f"  fix  look at that rank's own output; the group's timeout is {self.timeout_s:g} s")
+        return RankFailedError("\n".join(lines))
+
+
+class _DistChannel(Channel):
+    def __init__(self, transport: TorchDistTransport, call: int, members: tuple[int, ...]) -> None:
+        self._transport = transport
+        self._call = call
+        self._members = members
+        self._spare: dict[Spec, list[Parcel]] = {}
+        self.rank = members.index(transport.rank)
+        self.size = len(members)
+
+    def post(
+        self,
+        index: int,
+        lane: int,
+        sends: Sequence[tuple[int, Parcel]] = (),
+        receives: Sequence[tuple[int, Spec]] = (),
+    ) -> Pending:
+        posted = _Posted(self._transport, f"in step {index} of call {self._call}")
+        group = self._transport.group
+        operations = []
+        for peer, spec in receives:
+            parcel = self._buffer(spec)
+            messages = posted.add_receive(parcel, spec)
+            operations += [(dist.irecv, message, peer, place) for place, message in enumerate(messages)]
+        for peer, parcel in sends:
+            messages = posted.add_send(parcel)
+            operations += [(dist.isend, message, peer, place) for place, message in enumerate(messages)]
+        if not operations:
+            return posted
+        posted.peers = [self._members[peer] for _, _, peer, _ in operations]
+        try:
+            posted.works = dist.batch_isend_irecv(
+                [
+                    dist.P2POp(
+                        operation,
+                        message,
+                        dist.get_global_rank(group, self._members[peer]),
+                        group,
+                        self._tag(index, lane, place),
+                    )
+                    for operation, message, peer, place in operations
+                ]
+            )
+        except RuntimeError as error:  # the connection to a peer is closed
+            posted.refused = error
+        return posted
+
+    def _tag(self, index: int, lane: int, place: int) -> int:
+        assert lane < _LANES and place < _PLACES
+        tag = self._call % _CALLS
+        for value, bound in ((index % _STEPS, _STEPS), (lane, _LANES), (place, _PLACES)):
+            tag = tag * bound + value
+        return _TAG_BIT | tag
+
+    def _buffer(self, spec: Spec) -> Parcel:
+        spare = self._spare.get(spec)
+        return spare.pop() if spare else Parcel(_allocate(spec))
+
+    def release(self, parcel: Parcel) -> None:
+        self._spare.setdefault(_spec_of(parcel), []).append(parcel)
+
+    def close(self) -> None:
+        self._spare.clear()
+
+
+class _Posted(Pending):
+    """Transfers under way. Holds on to every buffer until they are done."""
+
+    def __init__(self, transport: TorchDistTransport, where: str) -> None:
+        self._transport = transport
+        self._where = where
+        self._received: list[tuple[Parcel, Tensor | None]] = []
+        self._kept: list[Tensor] = []
+        self.works: list = []
+        self.peers: list[int] = []
+        self.refused: RuntimeError | None = None
+
+    def add_receive(self, parcel: Parcel, spec: Spec) -> list[Tensor]:
+        if not _packs(parcel.tensors):
+            self._received.append((parcel, None))
+            return list(parcel.tensors)
+        packed = torch.empty(_packed_bytes(parcel.tensors), dtype=torch.uint8, device=spec.device)
+        self._received.append((parcel, packed))
+        return [packed]
+
+    def add_send(self, parcel: Parcel) -> list[Tensor]:
+        messages = [_pack(parcel.tensors)] if _packs(parcel.tensors) else [x.contiguous() for x in parcel.tensors]
+        self._kept += messages
+        return messages
+
+    def wait(self) -> list[Parcel]:
+        def waiting_for(peer: int | None) -> str:
+            return f"rank {peer} {self._where}"
+
+        if self.refused is not None:
+            peers = " or ".join(map(str, sorted(set(self.peers))))
+            raise self._transport._gave_up(waiting_for(peers), str(self.refused), None) from self.refused
+        if self.works:
+            self._transport.wait(self.works, self.peers, waiting_for)
+        self._kept.clear()
+        for parcel, packed in self._received:
+            if packed is not None:
+                _unpack(packed, parcel.tensors)
+        return [parcel for parcel, _ in self._received]
+
+
+def _allocate(spec: Spec) -> tuple[Tensor, ...]:
+    pairs = zip(spec.shapes, spec.dtypes, strict=True)
+    return tuple(torch.empty(shape, dtype=dtype, device=spec.device) for shape, dtype in pairs)
+
+
+def _spec_of(parcel: Parcel) -> Spec:
+    tensors = parcel.tensors
+    return Spec(tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors), tensors[0].device)
+
+
+def _packs(tensors: Sequence[Tensor]) -> bool:
+    """Whether a parcel goes as one message; both ends know, since both know shapes and dtypes."""
+    return len(tensors) > 1 and sum(x.numel() * x.element_size() for x in tensors) <= PACK_BYTES
+
+
+def _places(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """[start, stop) in bytes of each tensor in the packed message."""
+    places, start = [], 0
+    for x in tensors:
+        stop = start + x.numel() * x.element_size()
+        places.append((start, stop))
+        start = -(-stop // _ALIGN) * _ALIGN
+    return places
+
+
+def _packed_bytes(tensors: Sequence[Tensor]) -> int:
+    return _places(tensors)[-1][1]
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    packed = torch.zeros(_packed_bytes(tensors), dtype=torch.uint8, device=tensors[0].device)
+    _each_view(packed, tensors, lambda view, x: view.copy_(x))
+    return packed
+
+
+def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
+    _each_view(packed, tensors, lambda view, x: x.copy_(view))
+
+
+def _each_view(packed: Tensor, tensors: Sequence[Tensor], act) -> None:
+    for (start, stop), x in zip(_places(tensors), tensors, strict=True):
+        act(packed[start:stop].view(x.dtype).view(x.shape), x)
+
+
+class _Outcome(Future):
+    """When works are done. position: the work that is being waited for."""
+
+    position = 0
+
+
+class _Waiter:
+    """A thread that sits in gloo's waits, one list of works after the other, in the order of their posting."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        # A daemon: a thread inside gloo's wait must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, args=(self._jobs,), name=name, daemon=True)
+        self._thread.start()
+
+    def wait_for(self, works: list) -> _Outcome:
+        outcome = _Outcome()
+        self._jobs.put((works, outcome))
+        return outcome
+
+    def stop(self) -> None:
+        self._jobs.put(None)
+
+    @staticmethod
+    def _run(jobs: queue.SimpleQueue) -> None:
+        while (job := jobs.get()) is not None:
+            works, outcome = job
+            try:
+                for outcome.position, work in enumerate(works):
+                    work.wait()
+            except Exception as error:  # gloo raises RuntimeError and DistBackendError
+                outcome.set_exception(error if isinstance(error, RuntimeError) else RuntimeError(str(error)))
+            else:
+                outcome.set_result(None)
+            del job, works, outcome
+
+
+class _Bulletin:
+    """What ranks leave for each other in the group's store when something has gone wrong."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._store = _store(group)
+        self._prefix = f"ringspan/{group.group_name}"
+
+    def report(self, rank: int, reason: str) -> None:
+        """Leave this rank's failure, unless another rank was first."""
+        try:
+            self._store.compare_set(f"{self._prefix}/failed", "", json.dumps([rank, reason[:2000]]))
+        except RuntimeError:  # the store's host is gone: then nobody can be told
+            pass
+
+    def first_failure(self) -> tuple[int, str] | None:
+        key = f"{self._prefix}/failed"
+        try:
+            if not self._store.check([key]):
+                return None
+            rank, reason = json.loads(self._store.get(key))
+        except RuntimeError as error:
+            return -1, f"the process group's store is gone ({str(error).splitlines()[0]})"
+        return rank, reason
+
+    def roll_call(self, rank: int, size: int, call: int) -> str:
+        """Which ranks did not come to a call, as words to add to a message; bounded by _ROLL_CALL_S."""
+        keys = [f"{self._prefix}/gave-up/{call}/{other}" for other in range(size)]
+        try:
+            self._store.set(keys[rank], "here")
+            try:
+                self._store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
+            except RuntimeError:  # not everybody came: the usual case
+                pass
+            absent = [str(other) for other, key in enumerate(keys) if not self._store.check([key])]
+        except RuntimeError:
+            return ""
+        return f" (no sign of rank{'s' if len(absent) > 1 else ''} {', '.join(absent)})" if absent else ""
+
+
+def _store(group: dist.ProcessGroup) -> Any:
+    """The group's store, on a connection of its own: gloo may sit in a blocking get on the first one."""
+    if hasattr(group, "get_group_store"):
+        store = group.get_group_store()
+    else:  # torch 2.6 to 2.8
+        store = dist.distributed_c10d._world.pg_map[group][1]
+    try:
+        return store.clone()
+    except (AttributeError, RuntimeError):  # HashStore, FileStore of older releases
+        return store
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+    try:
+        return group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return dist.constants.default_pg_timeout.total_seconds()
