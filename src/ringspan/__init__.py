@@ -21,6 +21,7 @@ from ringspan.errors import (
     UnsupportedError,
     WorkerError,
 )
+from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
 from ringspan.transport.local import LocalGroup, run_local
 
 __version__ = "0.1.0"
@@ -38,6 +39,8 @@ __all__ = [
     "WorkerError",
     "positions",
     "ring_attention",
+    "ring_attention_spmd_bwd",
+    "ring_attention_spmd_fwd",
     "run_local",
     "shard",
     "unshard",

@@ -20,6 +20,10 @@ MESSAGE_BYTES = 1536
 _HEADER = struct.Struct("<6q")  # refused, call, query length, key length, flipped, bytes of text
 _TEXT_BYTES = MESSAGE_BYTES - _HEADER.size
 
+# Names of terms that the comparison itself looks at.
+CALL = "the function that is called"
+RINGS = "replica_groups"
+
 
 @dataclass(frozen=True)
 class Terms:
@@ -62,14 +66,17 @@ def agree(
     calls = [answer.call for answer in answers]
     if len(set(calls)) > 1:
         raise DisagreementError(_tell("the number of the call", calls, range(len(calls))))
-    for ring in rings or [range(transport.size)]:
+    if rings is None:
+        rings = [range(transport.size)]
+    else:  # every rank must have the same rings in mind before anything is compared within them
+        _compare(answers, range(transport.size), only=RINGS)
+    for ring in rings:
         _compare([answers[rank] for rank in ring], ring)
-    mine = next(ring for ring in rings or [range(transport.size)] if transport.rank in ring)
-    ring_answers = [answers[rank] for rank in mine]
+    mine = [answers[rank] for rank in next(ring for ring in rings if transport.rank in ring)]
     return Agreed(
-        tuple(answer.num_queries for answer in ring_answers),
-        tuple(answer.num_keys for answer in ring_answers),
-        min(answer.flipped for answer in ring_answers) if _one({a.flipped for a in ring_answers}) else 0,
+        tuple(answer.num_queries for answer in mine),
+        tuple(answer.num_keys for answer in mine),
+        mine[0].flipped if _one({answer.flipped for answer in mine}) else 0,
     )
 
 
@@ -104,24 +111,25 @@ def _pack(call: int, terms: Terms | RingspanError) -> bytes:
 
 
 def _unpack(message: bytes) -> _Answer:
-    refused, *numbers, length = _HEADER.unpack_from(message)
+    refused, call, num_queries, num_keys, flipped, length = _HEADER.unpack_from(message)
     text = message[_HEADER.size : _HEADER.size + length].decode(errors="replace")
-    return _Answer(bool(refused), *numbers, text)
+    return _Answer(bool(refused), call, num_queries, num_keys, flipped, text)
 
 
-def _compare(answers: Sequence[_Answer], ranks: Sequence[int]) -> None:
+def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: str | None = None) -> None:
+    """Raise unless the ranks' common terms are equal: all of them, or one."""
     if _one({answer.text for answer in answers}):
         return
     terms = [json.loads(answer.text) for answer in answers]
-    names = dict.fromkeys(name for term in terms for name in term)
     differences = []
-    for name in names:
+    for name in dict.fromkeys(name for term in terms for name in term):
         values = [term.get(name) for term in terms]
-        if not _one({json.dumps(value) for value in values}):
+        if only in (None, name) and not _one({json.dumps(value) for value in values}):
             differences.append(_tell(name, values, ranks))
-        if name == "call" and differences:
+        if name == CALL and differences:
             break  # ranks in different functions: everything else differs too, and means nothing
-    raise DisagreementError("\n".join(differences))
+    if differences:
+        raise DisagreementError("\n".join(differences))
 
 
 def _tell(name: str, values: Sequence[Any], ranks: Sequence[int]) -> str:

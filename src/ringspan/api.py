@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ringspan import reshard
-from ringspan.agreement import agree
+from ringspan import call, reshard
 from ringspan.autograd import attend
 from ringspan.call import normalised_options
 from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
@@ -85,8 +84,9 @@ def ring_attention(
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
     except RingspanError as refusal:
-        _refuse(name, refusal, agreement)
-        raise
+        if agreement is False:
+            raise
+        call.refuse(resolve(name), refusal)
     documents = None
     if options.cu_seqlens is not None:
         documents = torch.tensor(options.cu_seqlens, dtype=torch.int64)
@@ -132,8 +132,7 @@ def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = Non
         dim = _checked_dim(x, dim)
         split(layout, 0, 1)
     except RingspanError as refusal:
-        _refuse(name, refusal)
-        raise
+        call.refuse(resolve(name), refusal)
     return reshard.unshard(x, dim, layout, name)
 
 
@@ -145,13 +144,6 @@ def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None)
     ranges = split(layout, num_tokens, transport.size).ranges(transport.rank)
     parts = [torch.arange(piece.start, piece.stop, piece.step) for piece in ranges]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def _refuse(name: str, refusal: RingspanError, agreement: bool = True) -> None:
-    """Take part in the agreement of a call that this rank refuses, so that no rank waits for it."""
-    if agreement is not False:
-        transport = resolve(name)
-        agree(transport, transport.begin_call(), refusal)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ringspan import execute
-from ringspan.agreement import Agreed, Terms, agree, unchecked
+from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, unchecked
 from ringspan.errors import ArgumentError, ArgumentTypeError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.contract import Kernel
@@ -49,19 +50,30 @@ class Options:
 
 @dataclass(frozen=True)
 class Ring:
-    """Which ranks of the group form this rank's ring, and the SPMD bounds, where there are such.
+    """Which ranks of the group form this rank's ring, and what only the SPMD entries ask for.
 
-    rings: all rings that run side by side (they take part in one agreement); None: one ring of the whole group.
+    groups: the rings that run side by side and take part in one agreement; None: one ring of the whole group.
+    equal_lengths: whether all ranks must hold equally many tokens.
     bounds: per local query [lo, hi) of local key indices, [B, H, T].
     """
 
-    rings: tuple[tuple[int, ...], ...] | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+    equal_lengths: bool = False
     bounds: tuple[np.ndarray, np.ndarray] | None = None
 
     def members(self, transport: Transport) -> Sequence[int]:
-        if self.rings is None:
+        if self.groups is None:
             return range(transport.size)
-        return next(ring for ring in self.rings if transport.rank in ring)
+        return next(ring for ring in self.groups if transport.rank in ring)
+
+    def common_terms(self, num_queries: int) -> dict[str, object]:
+        terms: dict[str, object] = {}
+        if self.groups is not None:
+            digest = hashlib.blake2b(repr(self.groups).encode(), digest_size=12).hexdigest()
+            terms[RINGS] = f"{len(self.groups)} groups of {len(self.groups[0])}, digest {digest}"
+        if self.equal_lengths:
+            terms["seqlen"] = num_queries
+        return terms
 
 
 WHOLE_GROUP = Ring()
@@ -74,7 +86,7 @@ def forward(
 
     def check() -> Terms:
         check_tensors(q, k, v)
-        return _terms("ring_attention", (q, k, v), options)
+        return _terms("ring_attention", (q, k, v), options, ring)
 
     channel, agreed = begin(transport, check, options.agreement, ring)
     job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
@@ -95,10 +107,10 @@ def backward(
 
     def check() -> Terms:
         check_tensors(q, k, v)
-        _check_shape("the gradient of out", do, q.shape)
-        _check_shape("out", out, q.shape)
-        _check_shape("lse", lse, q.shape[:3])
-        return _terms("the backward of ring_attention", (q, k, v), options)
+        for name, x in (("the gradient of out", do), ("out", out)):
+            _check_like(name, x, q)
+        _check_like("lse", lse, q[..., 0], any_dtype=True)
+        return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
 
     channel, agreed = begin(transport, check, options.agreement, ring)
     decided = _decide(channel, agreed, options, q, k)
@@ -124,8 +136,14 @@ def begin(
         terms = refusal
     call = transport.begin_call()
     members = ring.members(transport)
-    agreed = agree(transport, call, terms, ring.rings) if agreement else unchecked(terms, len(members))
+    agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
     return transport.channel(call, members), agreed
+
+
+def refuse(transport: Transport, refusal: RingspanError) -> NoReturn:
+    """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises."""
+    agree(transport, transport.begin_call(), refusal)
+    raise refusal
 
 
 @contextmanager
@@ -153,8 +171,8 @@ class _Decided:
 
     def job(self, travels: Travels, rides: bool, flipped: int, ring: Ring) -> execute.Job:
         schedule = ring_schedule(self.problem.mask, self.queries, self.keys, self.rank, travels, rides)
-        q, k, v = (bool(flipped & bit) for bit in (_Q, _K, _V))
-        wire = (k, v) if travels == "keys" else (q, False, False, False)
+        q, k, v, do = (bool(flipped & bit) for bit in (_Q, _K, _V, _DO))
+        wire = (k, v) if travels == "keys" else (q, do, False, False)
         return execute.Job(
             schedule, self.kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds
         )
@@ -195,18 +213,18 @@ def _mask(agreed: Agreed, options: Options) -> Mask:
     return mask
 
 
-_Q, _K, _V = 1, 2, 4  # bits of Terms.flipped
+_Q, _K, _V, _DO = 1, 2, 4, 8  # bits of Terms.flipped
 
 
-def _terms(call: str, tensors: tuple[Tensor, Tensor, Tensor], options: Options) -> Terms:
-    q, k, _ = tensors
+def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -> Terms:
+    q, k = tensors[:2]
     documents = None
     if options.cu_seqlens is not None:
         digest = hashlib.blake2b(np.asarray(options.cu_seqlens, dtype=np.int64).tobytes(), digest_size=12)
         documents = f"{len(options.cu_seqlens) - 1} documents, digest {digest.hexdigest()}"
     kernel_table.choose(options.kernel, q.dtype, q.device, q.shape[3])
     common = {
-        "call": call,
+        CALL: call,
         "batch": q.shape[0],
         "the number of query heads": q.shape[1],
         "the number of key/value heads": k.shape[1],
@@ -219,8 +237,9 @@ def _terms(call: str, tensors: tuple[Tensor, Tensor, Tensor], options: Options) 
         "softmax_scale": options.scale,
         "kernel": options.kernel,
         "which of q, k, v require grad": options.gradients,
+        **ring.common_terms(q.shape[2]),
     }
-    flipped = sum(bit for bit, x in zip((_Q, _K, _V), tensors, strict=True) if _lies_flipped(x))
+    flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))
     return Terms(common, q.shape[2], k.shape[2], flipped)
 
 
@@ -275,10 +294,14 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
 
 
-def _check_shape(name: str, x: Tensor, expected: torch.Size) -> None:
-    if x.shape != expected:
+def _check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:
+    if x.shape != like.shape or not (any_dtype or x.dtype == like.dtype):
         raise ArgumentError(
-            explain(f"{name} has the wrong shape.", got=_shape(x), fix=f"expected {_shape_of(expected)}")
+            explain(
+                f"{name} does not fit q.",
+                got=f"{x.dtype} of shape {_shape(x)}",
+                fix=f"expected {'' if any_dtype else like.dtype} {_shape(like)}",
+            )
         )
 
 

@@ -20,6 +20,8 @@ from ringspan.tile import RowIntervals, Tile
 from ringspan.traffic import Traffic
 from ringspan.transport.contract import Channel
 
+Tensors = tuple[Tensor, ...]
+
 
 @dataclass(frozen=True)
 class Job:
@@ -70,9 +72,11 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq [B, H, T, D], dk, dv [B, K, S, D] in the state's dtype, of this rank's queries, keys and values."""
     dtype = state_dtype(q.dtype)
-    rows_in, keys_in = (q, do, lse, delta), (k, v)
-    rows_out, keys_out = (_zeros(q, dtype),), (_zeros(k, dtype), _zeros(v, dtype))
     keys_travel = job.schedule.travels == "keys"
+    rows_in: Tensors = (q, do, lse, delta)
+    keys_in: Tensors = (k, v)
+    rows_out: Tensors = (_zeros(q, dtype),)
+    keys_out: Tensors = (_zeros(k, dtype), _zeros(v, dtype))
     staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
     sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
     lengths = job.key_lengths if keys_travel else job.query_lengths
@@ -88,17 +92,19 @@ def backward(
             rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
             rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
             for tile in step.tiles:
-                of_rows, of_keys = (x[:, :, tile.rows] for x in rows), [x[:, :, tile.columns] for x in keys]
-                q, do, lse, delta = of_rows
-                into = (rows_part[0][:, :, tile.rows], *(x[:, :, tile.columns] for x in keys_part))
-                job.kernel.absorb_gradient(*into, q, *of_keys, do, lse, delta, job.visible(tile), job.scale)
+                q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
+                k, v = (x[:, :, tile.columns] for x in keys)
+                (dq,) = (x[:, :, tile.rows] for x in rows_part)
+                dk, dv = (x[:, :, tile.columns] for x in keys_part)
+                job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
         with timer.time("wait"):
             traffic.receive_rides(step, riding, part, home)
             traffic.send_ride(step, part)
             traffic.receive_shard(arriving)
         timer.finish_step(step.index)
     traffic.finish()
-    return (*rows_out, *keys_out)
+    (dq,), (dk, dv) = rows_out, keys_out
+    return dq, dk, dv
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

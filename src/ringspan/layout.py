@@ -34,7 +34,7 @@ class Layout:
     def ranges(self, rank: int) -> tuple[range, ...]:
         """Global positions of a rank's tokens, in the order in which its shard holds them."""
         if self.name == "striped":
-            found = (range(rank, self.num_tokens, self.num_ranks),)
+            found: tuple[range, ...] = (range(rank, self.num_tokens, self.num_ranks),)
         elif self.name == "zigzag":
             chunks = _cut(self.num_tokens, 2 * self.num_ranks)
             found = _joined(chunks[rank], chunks[2 * self.num_ranks - 1 - rank])

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ringspan.agreement import Terms
+from ringspan.agreement import CALL, Terms
 from ringspan.call import begin, running
 from ringspan.layout import Layout, from_lengths
 from ringspan.state import state_dtype
@@ -69,7 +69,7 @@ def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str)
     shape[dim] = None
 
     def check() -> Terms:
-        common = {"call": what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
+        common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["requires_grad"] = torch.is_grad_enabled() and x.requires_grad
         return Terms(common, length)
 

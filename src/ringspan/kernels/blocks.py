@@ -21,6 +21,10 @@ class Block:
     rows: slice
     keys: slice
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads.stop - self.kv_heads.start
+
     def queries(self, x: Tensor) -> Tensor:
         """The block's part of q, do, dq [B, H, T, D] or lse, delta [B, H, T]."""
         return x[self.batch, self.heads, self.rows]

@@ -26,9 +26,11 @@ class Reference:
         return None
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
-        for block in _blocks(q, k, visible, state.acc.dtype):
+        dtype = state.acc.dtype
+        for block in _blocks(q, k, visible, dtype):
             part = state.select(block.rows, block.heads, block.batch)
-            _absorb_block(part, *_block_inputs(block, state.acc.dtype, (q,), (k, v)), seen_in(block, visible, k), scale)
+            bq, bk, bv = _grouped(q, block).to(dtype), block.keyed(k).to(dtype), block.keyed(v).to(dtype)
+            _absorb_block(part, bq, bk, bv, _seen(block, visible, k.device), scale)
 
     def absorb_gradient(
         self,
@@ -44,12 +46,16 @@ class Reference:
         visible: RowIntervals,
         scale: float,
     ) -> None:
-        for block in _blocks(q, k, visible, dq.dtype):
-            bq, bdo, bk, bv = _block_inputs(block, dq.dtype, (q, do), (k, v))
-            rows = (_grouped(block.queries(x), k, block) for x in (lse, delta))
-            seen = seen_in(block, visible, k)
-            part_q, part_k, part_v = _gradient_block(bq, bk, bv, bdo, *rows, seen, scale)
-            block.queries(dq).add_(part_q.view(block.queries(dq).shape))
+        dtype = dq.dtype
+        for block in _blocks(q, k, visible, dtype):
+            bq, bdo = (_grouped(x, block).to(dtype) for x in (q, do))
+            bk, bv = (block.keyed(x).to(dtype) for x in (k, v))
+            seen = _seen(block, visible, k.device)
+            part_q, part_k, part_v = _gradient_block(
+                bq, bk, bv, bdo, _grouped(lse, block), _grouped(delta, block), seen, scale
+            )
+            target = block.queries(dq)
+            target.add_(part_q.view(target.shape))
             block.keyed(dk).add_(part_k)
             block.keyed(dv).add_(part_v)
 
@@ -62,34 +68,24 @@ def _blocks(q: Tensor, k: Tensor, visible: RowIntervals, dtype: torch.dtype):
     return blocks(q, k, visible, scratch_elements, SCRATCH_BYTES // dtype.itemsize, smallest=16)
 
 
-def _block_inputs(block: Block, dtype: torch.dtype, row_tensors, key_tensors) -> list[Tensor]:
-    """The block's inputs in the state's dtype; rows as [b, K, G*t, D], so that a group shares its keys."""
-    rows = []
-    for x in row_tensors:
-        part = block.queries(x)
-        num_kv = block.kv_heads.stop - block.kv_heads.start
-        rows.append(part.to(dtype).reshape(part.shape[0], num_kv, -1, part.shape[-1]))
-    return [*rows, *(block.keyed(x).to(dtype) for x in key_tensors)]
+def _grouped(x: Tensor, block: Block) -> Tensor:
+    """A block's rows of [B, H, T, ...] as [b, K, G*t, ...], so that a group of query heads shares its keys."""
+    part = block.queries(x)
+    return part.reshape(part.shape[0], block.num_kv_heads, -1, *part.shape[3:])
 
 
-def _grouped(x: Tensor, k: Tensor, block: Block) -> Tensor:
-    """lse or delta of a block, [b, H, t], as [b, K, G*t]."""
-    return x.reshape(x.shape[0], block.kv_heads.stop - block.kv_heads.start, -1)
-
-
-def seen_in(block: Block, visible: RowIntervals, k: Tensor) -> Tensor | None:
+def _seen(block: Block, visible: RowIntervals, device: torch.device) -> Tensor | None:
     """Bool mask that broadcasts to the block's scores [b, K, G*t, s], or None where every row sees every key."""
     part = block.intervals(visible)
     if part.kind is Kind.FULL:
         return None
-    lo, hi = (torch.from_numpy(bound).to(k.device) for bound in part.arrays())
-    num_kv = block.kv_heads.stop - block.kv_heads.start
-    group = (block.heads.stop - block.heads.start) // num_kv
+    lo, hi = (torch.from_numpy(bound).to(device) for bound in part.arrays())
     if lo.ndim == 1:
+        group = (block.heads.stop - block.heads.start) // block.num_kv_heads
         lo, hi = (bound.repeat(group) for bound in (lo, hi))
     else:
-        lo, hi = (bound.reshape(bound.shape[0], num_kv, -1) for bound in (lo, hi))
-    key = torch.arange(part.num_keys, device=k.device)
+        lo, hi = (bound.reshape(bound.shape[0], block.num_kv_heads, -1) for bound in (lo, hi))
+    key = torch.arange(part.num_keys, device=device)
     return (lo[..., None] <= key) & (key < hi[..., None])
 
 

@@ -66,19 +66,25 @@ class TorchOps:
         if pieces is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
             self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
             return
-        for block, causal in _blocks(q, k, pieces, dq.dtype):
-            rows = [block.queries(x) for x in (q, do, lse, delta)]
-            out = _stand_in_for_out(rows[1].to(dq.dtype), rows[3])
+        dtype = dq.dtype
+        for block, causal in _blocks(q, k, pieces, dtype):
+            bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
+            bk, bv = block.keyed(k), block.keyed(v)
+            into_q, into_k, into_v = block.queries(dq), block.keyed(dk), block.keyed(dv)
+            out = _stand_in_for_out(bdo.to(dtype), bdelta)
             if out is None:
-                part = RowIntervals(rows[0].shape[2], block.keyed(k).shape[2], Band(upper=1 if causal else None))
-                targets = (block.queries(dq), block.keyed(dk), block.keyed(dv))
-                inputs = (rows[0], block.keyed(k), block.keyed(v), *rows[1:])
-                self._reference.absorb_gradient(*targets, *inputs, part, scale)
+                part = _corner(bq.shape[2], bk.shape[2], causal)
+                self._reference.absorb_gradient(into_q, into_k, into_v, bq, bk, bv, bdo, blse, bdelta, part, scale)
                 continue
-            bq, bdo, bk, bv = (_ready(x, dq.dtype) for x in (rows[0], rows[1], block.keyed(k), block.keyed(v)))
-            parts = _FLASH_BACKWARD(bdo, bq, bk, bv, out, rows[2], 0.0, causal, scale=scale)
-            for target, part in zip((block.queries(dq), block.keyed(dk), block.keyed(dv)), parts, strict=True):
+            bq, bk, bv, bdo = (_ready(x, dtype) for x in (bq, bk, bv, bdo))
+            parts = _FLASH_BACKWARD(bdo, bq, bk, bv, out, blse, 0.0, causal, scale=scale)
+            for target, part in zip((into_q, into_k, into_v), parts, strict=True):
                 target.add_(part)
+
+
+def _corner(num_rows: int, num_keys: int, causal: bool) -> RowIntervals:
+    """A rectangle, or the diagonal that starts in its corner."""
+    return RowIntervals(num_rows, num_keys, Band(upper=1) if causal else Band())
 
 
 def _finite(x: Tensor) -> bool:
@@ -143,7 +149,7 @@ def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iter
 
     budget = SCRATCH_BYTES // dtype.itemsize
     for rows, keys, causal in calls:
-        whole = RowIntervals(rows.stop - rows.start, keys.stop - keys.start, Band(upper=1 if causal else None))
+        whole = _corner(rows.stop - rows.start, keys.stop - keys.start, causal)
         for block in blocks(q[:, :, rows], k[:, :, keys], whole, scratch_elements, budget, smallest=256):
             part = whole.block(block.rows, block.keys)
             yield from _moved(block, part, rows.start, keys.start)

@@ -71,7 +71,8 @@ def visible_pairs(mask: Mask) -> np.ndarray:
 
 
 def _check_hops(schedules: Sequence[Schedule]) -> None:
-    posted, awaited = Counter(), Counter()
+    posted: Counter = Counter()
+    awaited: Counter = Counter()
     for plan in schedules:
         held = {plan.rank}
         visiting: int | None = None
@@ -117,8 +118,9 @@ def _check_rides(schedules: Sequence[Schedule]) -> None:
             if step.tiles:
                 due[step.shard][plan.rank] += 1
             for hop in step.ride_receive:
-                arrived = in_flight.pop((hop.peer, plan.rank, hop.shard), None)
-                _require(arrived is not None, f"rank {plan.rank} step {index} waits for {hop}, never sent")
+                parcel = (hop.peer, plan.rank, hop.shard)
+                _require(parcel in in_flight, f"rank {plan.rank} step {index} waits for {hop}, never sent")
+                arrived = in_flight.pop(parcel)
                 if hop.shard == plan.rank:
                     home[plan.rank] += arrived
                 else:
@@ -127,7 +129,8 @@ def _check_rides(schedules: Sequence[Schedule]) -> None:
             if index == 0:
                 home[plan.rank] += part
             elif step.tiles:
-                _require(step.ride_send is not None, f"rank {plan.rank} step {index} keeps a gradient back")
+                if step.ride_send is None:
+                    raise ScheduleError(f"rank {plan.rank} step {index} keeps a gradient back")
                 sent[(plan.rank, step.ride_send.peer, step.shard)] = part
         _require(not in_flight, f"gradients that nobody received by step {index}: {list(in_flight)}")
         in_flight = sent

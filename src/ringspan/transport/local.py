@@ -231,7 +231,7 @@ class _Mailbox:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.parcels: dict[tuple, Parcel] = {}
-        self.num_readers: dict[tuple, int] = {}
+        self.num_readers: dict[int, int] = {}  # by call
 
 
 class _Rendezvous:

@@ -91,4 +91,4 @@ def resolve(name: str) -> Transport:
     kind, _, rest = name.partition(":")
     if kind == "local":
         return resolve_local(name).transport
-    return transport_of(dist.distributed_c10d._resolve_process_group(rest))
+    return transport_of(dist.distributed_c10d._resolve_process_group(rest))  # type: ignore[arg-type]

@@ -7,12 +7,13 @@ fails leaves its name and reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import timedelta
@@ -155,7 +156,7 @@ class _DistChannel(Channel):
     ) -> Pending:
         posted = _Posted(self._transport, f"in step {index} of call {self._call}")
         group = self._transport.group
-        operations = []
+        operations: list[tuple[Callable, Tensor, int, int]] = []
         for peer, spec in receives:
             parcel = self._buffer(spec)
             messages = posted.add_receive(parcel, spec)
@@ -227,7 +228,7 @@ class _Posted(Pending):
         return messages
 
     def wait(self) -> list[Parcel]:
-        def waiting_for(peer: int | None) -> str:
+        def waiting_for(peer: int | str) -> str:
             return f"rank {peer} {self._where}"
 
         if self.refused is not None:
@@ -332,10 +333,8 @@ class _Bulletin:
 
     def report(self, rank: int, reason: str) -> None:
         """Leave this rank's failure, unless another rank was first."""
-        try:
+        with contextlib.suppress(RuntimeError):  # the store's host is gone: then nobody can be told
             self._store.compare_set(f"{self._prefix}/failed", "", json.dumps([rank, reason[:2000]]))
-        except RuntimeError:  # the store's host is gone: then nobody can be told
-            pass
 
     def first_failure(self) -> tuple[int, str] | None:
         key = f"{self._prefix}/failed"
@@ -352,10 +351,8 @@ class _Bulletin:
         keys = [f"{self._prefix}/gave-up/{call}/{other}" for other in range(size)]
         try:
             self._store.set(keys[rank], "here")
-            try:
+            with contextlib.suppress(RuntimeError):  # not everybody came: the usual case
                 self._store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
-            except RuntimeError:  # not everybody came: the usual case
-                pass
             absent = [str(other) for other, key in enumerate(keys) if not self._store.check([key])]
         except RuntimeError:
             return ""
@@ -369,7 +366,7 @@ def _store(group: dist.ProcessGroup) -> Any:
     else:  # torch 2.6 to 2.8
         store = dist.distributed_c10d._world.pg_map[group][1]
     try:
-        return store.clone()
+        return store.clone()  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):  # HashStore, FileStore of older releases
         return store
 

@@ -1,0 +1,350 @@
+"""The SPMD entries: ring attention under the contract that Trainium's `ring_attention_spmd_fwd` / `_bwd` publish.
+
+Shapes, defaults and the meaning of every argument are that contract's; the work is `ringspan.call`'s. Where the
+contract gives wrong or surprising results without a word, these refuse or are right: docs/spmd.md has the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringspan import arrays, call
+from ringspan.arrays import Array
+from ringspan.call import Options, Ring
+from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
+from ringspan.state import NEVER
+from ringspan.transport.contract import Transport
+from ringspan.transport.table import group_name, resolve
+
+LSE_ROWS = 128  # lse is [b, h, 128, ceil(seqlen / 128)]: query s at [.., s % 128, s // 128]
+_LSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Groups = Sequence[Sequence[int]]
+
+
+def _forward(
+    q: Array,
+    k: Array,
+    v: Array,
+    replica_groups: Groups | None = None,
+    num_workers: int = 1,
+    softmax_scale: float | None = None,
+    use_causal_mask: bool = False,
+    striped_input: bool = False,
+    training: bool = False,
+    lse_dtype: Any = torch.float32,
+    tp_q: bool = False,
+    tp_k: bool = False,
+    bound_min: Array | None = None,
+    bound_max: Array | None = None,
+) -> Array | tuple[Array, Array]:
+    """Ring attention of this worker's queries over the keys and values of all workers of its ring.
+
+    Args:
+        q: [b, h, seqlen, d] if tp_q else [b, h, d, seqlen]. k: [b, h_kv, seqlen, d] if tp_k else
+            [b, h_kv, d, seqlen]. v: [b, h_kv, seqlen, d]. h a multiple of h_kv, d from 1 to 256, seqlen equal
+            on all workers. torch tensors, or NumPy arrays (results then are NumPy arrays). Not differentiable.
+        replica_groups: tuples of ranks of the world, each an independent ring of num_workers; worker r is the
+            r-th entry. None: one ring of the whole world, or with num_workers=1 a ring of one on every rank.
+        softmax_scale: default 1/sqrt(d). With use_causal_mask q must be pre-scaled and this must be 1.0.
+        use_causal_mask: worker r holds positions r*seqlen ...; a query sees keys at or before its position.
+        striped_input: worker r holds positions r, r + n, r + 2n, ...; only with use_causal_mask.
+        training: also return lse. lse_dtype: its dtype.
+        bound_min, bound_max: [b*h, seqlen, 1], packed documents: local query i sees only local keys j with
+            bound_min[i] <= j < bound_max[i] of every worker; only with use_causal_mask and striped_input.
+
+    Returns:
+        o [b, h, seqlen, d] in q's dtype; if training (o, lse), lse [b, h, 128, ceil(seqlen/128)], the natural
+        logarithm of the sum of exp of the scaled, masked scores; padding is 0. A fully masked row: o 0, lse 0.
+
+    Raises: as `ringspan.ring_attention`.
+    """
+    transport = _world()
+    try:
+        kind = arrays.kind_of(q=q, k=k, v=v)
+        tensors = {name: arrays.to_torch(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+        _check_inputs(tensors)
+        tq, tk, tv = tensors["q"], tensors["k"], tensors["v"]
+        tq, tk = (tq if tp_q else tq.mT), (tk if tp_k else tk.mT)
+        call.check_tensors(tq, tk, tv)
+        _check_lengths(tq, tk)
+        lse_type = _lse_dtype(lse_dtype, tq.dtype)
+        arrays.check_returnable(lse_type, kind)
+        options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
+        bounds = _bounds(bound_min, bound_max, tq, use_causal_mask and striped_input)
+        ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
+    except RingspanError as refusal:
+        call.refuse(transport, refusal)
+    with torch.no_grad():
+        out, lse = call.forward(transport, tq, tk, tv, options, ring)
+        o = arrays.from_torch(out, kind)
+        return (o, arrays.from_torch(_folded(lse).to(lse_type), kind)) if training else o
+
+
+def _backward(
+    q_ref: Array,
+    k_ref: Array,
+    v_ref: Array,
+    o_ref: Array,
+    dy_ref: Array,
+    lse_ref: Array,
+    use_causal_mask: bool = False,
+    mixed_precision: bool = True,
+    softmax_scale: float | None = None,
+    num_workers: int = 1,
+    lnc_size: int = 1,
+    replica_groups: Groups | None = None,
+    striped_attention: bool = False,
+    bound_min: Array | None = None,
+    bound_max: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `ring_attention_spmd_fwd` with respect to this worker's q, k and v.
+
+    Args:
+        q_ref, o_ref, dy_ref: [B, N, D, S]; k_ref, v_ref: [B, N_kv, D, S]. lse_ref: the forward's.
+        softmax_scale: the scale of the scores, default 1/sqrt(D); with use_causal_mask it must be 1.0, and dq is
+            then the gradient with respect to the pre-scaled q.
+        mixed_precision: accepted; accumulation is float32 either way. lnc_size: as the forward's [lnc].
+        bound_min, bound_max: [B, S], or the forward's [B*N, S, 1].
+        The rest as in the forward (striped_attention is its striped_input).
+
+    Returns:
+        dq [B, N, D, S], dk and dv [B, N_kv, D, S], float32 (float64 for float64 inputs).
+    """
+    transport = _world()
+    try:
+        named = {"q_ref": q_ref, "k_ref": k_ref, "v_ref": v_ref, "o_ref": o_ref, "dy_ref": dy_ref}
+        kind = arrays.kind_of(**named, lse_ref=lse_ref)
+        tensors = {name: arrays.to_torch(name, x) for name, x in named.items()}
+        _check_inputs(tensors)
+        q, k, v, out, dy = (x.mT for x in tensors.values())
+        call.check_tensors(q, k, v)
+        _check_lengths(q, k)
+        _check_cores("lnc_size", lnc_size)
+        lse = _unfolded(arrays.to_torch("lse_ref", lse_ref), q)
+        options = _options(softmax_scale, use_causal_mask, striped_attention, "striped_attention")
+        bounds = _bounds(bound_min, bound_max, q, use_causal_mask and striped_attention)
+        ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
+    except RingspanError as refusal:
+        call.refuse(transport, refusal)
+    with torch.no_grad():
+        grads = call.backward(transport, dy, None, (q, k, v, out, lse), options, ring)
+        dq, dk, dv = (arrays.from_torch(grad.mT, kind) for grad in grads)
+        return dq, dk, dv
+
+
+class _Entry:
+    """A function that can also be launched as entry[lnc](...), lnc the cores that a worker computes with.
+
+    Results have the same bits for every lnc. Which kernels honour it, `ringspan doctor` says.
+    """
+
+    def __init__(self, function) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+        self.__name__ = self.__qualname__ = f"ring_attention_spmd{'_fwd' if function is _forward else '_bwd'}"
+        self.__wrapped__ = function  # so that inspect.signature and help() show the arguments
+
+    def __call__(self, *args, **kwargs):
+        return self._function(*args, **kwargs)
+
+    def __getitem__(self, lnc: int):
+        _check_cores("lnc", lnc)
+        return self._function
+
+    def __repr__(self) -> str:
+        return f"<{self.__name__}>"
+
+
+ring_attention_spmd_fwd = _Entry(_forward)
+ring_attention_spmd_bwd = _Entry(_backward)
+
+
+def _world() -> Transport:
+    return resolve(group_name(None))
+
+
+def _check_cores(name: str, cores: int) -> None:
+    if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
+        raise ArgumentError(explain(f"{name} must be an integer of at least 1.", got=repr(cores)))
+
+
+def _check_inputs(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        call.check_tensor(name, x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                explain(
+                    "the SPMD entries are not differentiable.",
+                    got=f"{name} requires grad",
+                    fix="use ringspan.ring_attention, or call under torch.no_grad()",
+                )
+            )
+
+
+def _check_lengths(q: Tensor, k: Tensor) -> None:
+    if q.shape[2] != k.shape[2] or q.shape[2] < 1:
+        raise ArgumentError(
+            explain(
+                "q and k must have one seqlen of at least 1.",
+                got=f"q: {q.shape[2]}, k: {k.shape[2]} (mind tp_q and tp_k: [b, h, d, seqlen] unless True)",
+                fix="ringspan.ring_attention takes unequal lengths",
+            )
+        )
+    if q.shape[3] > 256:
+        raise ArgumentError(explain("d must be from 1 to 256.", got=str(q.shape[3])))
+
+
+def _options(scale: float | None, causal: bool, striped: bool, striped_name: str) -> Options:
+    if striped and not causal:
+        raise ArgumentError(
+            explain(
+                f"{striped_name} requires use_causal_mask.",
+                got=f"{striped_name}=True, use_causal_mask=False",
+                fix="without a mask the order of the tokens does not matter: leave it False",
+            )
+        )
+    if causal and (isinstance(scale, bool) or scale != 1.0):
+        raise ArgumentError(
+            explain(
+                "with use_causal_mask q must be scaled beforehand and softmax_scale must be 1.0.",
+                got=f"softmax_scale={scale!r}",
+                fix="pass q * d ** -0.5 and softmax_scale=1.0",
+            )
+        )
+    return call.normalised_options(
+        causal=bool(causal),
+        window_size=(-1, -1),
+        cu_seqlens=None,
+        layout="striped" if striped else "contiguous",
+        softmax_scale=scale,
+        kernel="auto",
+        agreement=True,
+        gradients="",
+    )
+
+
+def _rings(groups: Groups | None, num_workers: int, transport: Transport) -> tuple[tuple[int, ...], ...] | None:
+    """The rings of the world, or None for one of all; the caller's own is in it exactly once."""
+    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
+        raise ArgumentError(explain("num_workers must be an integer of at least 1.", got=repr(num_workers)))
+    if groups is None:
+        if num_workers == transport.size:
+            return None
+        if num_workers == 1:
+            return tuple((rank,) for rank in range(transport.size))
+        raise ArgumentError(
+            explain(
+                "without replica_groups num_workers must be the size of the world, or 1.",
+                got=f"num_workers={num_workers}, a world of {transport.size}",
+                fix="pass replica_groups=((...), ...), each of num_workers ranks",
+            )
+        )
+    try:
+        rings = tuple(tuple(int(rank) for rank in group) for group in groups)
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            explain("replica_groups must be tuples of ranks.", got=repr(groups)[:200], fix="((0, 1), (2, 3))")
+        ) from None
+    _check_rings(rings, num_workers, transport.size)
+    return rings
+
+
+def _check_rings(rings: tuple[tuple[int, ...], ...], num_workers: int, world: int) -> None:
+    for ring in rings:
+        if len(ring) != num_workers:
+            raise ArgumentError(
+                explain(
+                    "each of replica_groups must hold num_workers ranks.",
+                    got=f"{ring} has {len(ring)}, num_workers={num_workers}",
+                )
+            )
+    listed = sorted(rank for ring in rings for rank in ring)
+    if listed != list(range(world)):
+        twice = sorted({rank for rank in listed if listed.count(rank) > 1})
+        absent = sorted(set(range(world)) - set(listed))
+        beyond = sorted(set(listed) - set(range(world)))
+        told = [
+            f"{what} {ranks}" for what, ranks in (("missing", absent), ("twice", twice), ("unknown", beyond)) if ranks
+        ]
+        raise ArgumentError(
+            explain(
+                f"replica_groups must name each of the world's {world} ranks exactly once.",
+                got="; ".join(told),
+            )
+        )
+
+
+def _bounds(low: Array | None, high: Array | None, q: Tensor, allowed: bool) -> tuple[np.ndarray, np.ndarray] | None:
+    """(lo, hi), int64 [B, H, T], from bounds of shape [B*H, T, 1] or [B, T]."""
+    if low is None and high is None:
+        return None
+    if low is None or high is None:
+        raise ArgumentError(explain("bound_min and bound_max go together.", got="only one of them"))
+    if not allowed:
+        raise ArgumentError(
+            explain(
+                "bound_min and bound_max require use_causal_mask and striped input.",
+                fix="ringspan.ring_attention takes cu_seqlens with every layout",
+            )
+        )
+    lo, hi = (_bound(name, x, q) for name, x in (("bound_min", low), ("bound_max", high)))
+    return lo, hi
+
+
+def _bound(name: str, bound: Array, q: Tensor) -> np.ndarray:
+    batch, heads, rows, _ = q.shape
+    values = np.asarray(arrays.to_torch(name, bound).detach().to("cpu", torch.float64))
+    if values.shape == (batch * heads, rows, 1):
+        values = values.reshape(batch, heads, rows)
+    elif values.shape == (batch, rows):
+        values = np.broadcast_to(values[:, None, :], (batch, heads, rows))
+    else:
+        raise ArgumentError(
+            explain(
+                f"{name} has the wrong shape.",
+                got=str(list(values.shape)),
+                fix=f"[b*h, seqlen, 1] = [{batch * heads}, {rows}, 1]",
+            )
+        )
+    if np.isnan(values).any():
+        raise ArgumentError(explain(f"{name} must not hold NaN."))
+    # An integer j is >= x iff j >= ceil(x), and < x iff j < ceil(x); beyond the shard all bounds are alike.
+    return np.ceil(np.clip(values, 0, rows)).astype(np.int64)
+
+
+def _lse_dtype(wanted: Any, dtype: torch.dtype) -> torch.dtype:
+    found = arrays.torch_dtype(wanted)
+    if found not in _LSE_DTYPES or (found == torch.float64 and dtype != torch.float64):
+        raise ArgumentTypeError(
+            explain("lse_dtype must be float32, bfloat16 or float16 (float64 with float64 inputs).", got=repr(wanted))
+        )
+    return found
+
+
+def _folded(lse: Tensor) -> Tensor:
+    """[b, h, s] as [b, h, 128, ceil(s/128)]; padding and rows that saw nothing are 0."""
+    batch, heads, rows = lse.shape
+    columns = -(-rows // LSE_ROWS)
+    padded = lse.new_zeros(batch, heads, columns * LSE_ROWS)
+    padded[..., :rows] = torch.where(lse == NEVER, 0.0, lse)
+    return padded.view(batch, heads, columns, LSE_ROWS).mT.contiguous()
+
+
+def _unfolded(lse: Tensor, q: Tensor) -> Tensor:
+    batch, heads, rows, _ = q.shape
+    expected = (batch, heads, LSE_ROWS, -(-rows // LSE_ROWS))
+    if tuple(lse.shape) != expected or not lse.is_floating_point():
+        raise ArgumentError(
+            explain(
+                "lse_ref must be the lse that the forward returned.",
+                got=f"{lse.dtype} of shape {list(lse.shape)}",
+                fix=f"shape {list(expected)}",
+            )
+        )
+    return lse.mT.reshape(batch, heads, -1)[..., :rows]
