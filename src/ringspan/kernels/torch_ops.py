@@ -71,12 +71,12 @@ class TorchOps:
             bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
             bk, bv = block.keyed(k), block.keyed(v)
             into_q, into_k, into_v = block.queries(dq), block.keyed(dk), block.keyed(dv)
-            out = _stand_in_for_out(bdo.to(dtype), bdelta)
+            bq, bk, bv, bdo = (_ready(x, dtype) for x in (bq, bk, bv, bdo))
+            out = _stand_in_for_out(bdo, bdelta)
             if out is None:
                 part = _corner(bq.shape[2], bk.shape[2], causal)
                 self._reference.absorb_gradient(into_q, into_k, into_v, bq, bk, bv, bdo, blse, bdelta, part, scale)
                 continue
-            bq, bk, bv, bdo = (_ready(x, dtype) for x in (bq, bk, bv, bdo))
             parts = _FLASH_BACKWARD(bdo, bq, bk, bv, out, blse, 0.0, causal, scale=scale)
             for target, part in zip((into_q, into_k, into_v), parts, strict=True):
                 target.add_(part)
@@ -106,7 +106,9 @@ def _stand_in_for_out(do: Tensor, delta: Tensor) -> Tensor | None:
     """
     norm = (do * do).sum(-1)
     factor = torch.where(delta == 0, 0.0, delta / norm)
-    return do * factor.unsqueeze(-1) if bool(torch.isfinite(factor).all()) else None
+    if not bool(torch.isfinite(factor).all()):
+        return None
+    return do * factor.unsqueeze(-1)  # has do's strides, the last one 1
 
 
 Call = tuple[slice, slice, bool]  # rows, keys, whether causal from the corner

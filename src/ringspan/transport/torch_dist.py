@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
+import re
 import threading
 import time
 import weakref
@@ -88,7 +89,7 @@ class TorchDistTransport(Transport):
         try:
             work = dist.all_gather(every, mine, group=self.group, async_op=True)
         except RuntimeError as error:  # a neighbour is gone already
-            raise self._gave_up(f"every rank to begin call {call}", str(error), call) from error
+            raise self._gave_up(f"every rank to begin call {call}", _said(error), call) from error
         self.wait([work], [None], lambda _: f"every rank to begin call {call}", call)
         return [bytes(part.cpu().numpy()) for part in every]
 
@@ -119,14 +120,13 @@ class TorchDistTransport(Transport):
                     reason = f"no answer within {self.timeout_s:g} s"
                     raise self._gave_up(waiting_for(peers[done.position]), reason, roll_call) from None
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise self._gave_up(waiting_for(peers[done.position]), reason, roll_call) from error
+                raise self._gave_up(waiting_for(peers[done.position]), _said(error), roll_call) from error
 
     def _gave_up(self, waited_for: str, reason: str | None, roll_call: int | None) -> RankFailedError:
         """The error to raise, after telling the others and asking who else is still there."""
+        if reason is not None:  # first of all, so that the others stop waiting too
+            self._bulletin.report(self.rank, f"waited for {waited_for}: {reason}")
         missing = "" if roll_call is None else self._bulletin.roll_call(self.rank, self.size, roll_call)
-        if reason is not None:
-            self._bulletin.report(self.rank, f"waited for {waited_for}{missing}: {reason}")
         first = self._bulletin.first_failure()
         self._failure = f"rank {self.rank} waited for {waited_for}{missing}"
         lines = [f"rank {self.rank} gave up waiting for {waited_for}{missing}."]
@@ -136,6 +136,12 @@ class TorchDistTransport(Transport):
             lines.append(f"  rank {first[0]} failed first: {first[1]}")
         lines.append(f"  fix  look at that rank's own output; the group's timeout is {self.timeout_s:g} s")
         return RankFailedError("\n".join(lines))
+
+
+def _said(error: RuntimeError) -> str:
+    """What gloo said, without the place in its sources and its advice."""
+    text = str(error).strip().splitlines()[0]
+    return re.sub(r"^\[\S*gloo\S*\] ", "", text).split(". This is typically")[0]
 
 
 class _DistChannel(Channel):
@@ -233,7 +239,7 @@ class _Posted(Pending):
 
         if self.refused is not None:
             peers = " or ".join(map(str, sorted(set(self.peers))))
-            raise self._transport._gave_up(waiting_for(peers), str(self.refused), None) from self.refused
+            raise self._transport._gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
         if self.works:
             self._transport.wait(self.works, self.peers, waiting_for)
         self._kept.clear()

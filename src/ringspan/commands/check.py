@@ -1,0 +1,139 @@
+"""The result against float64 attention over the full keys, on sampled query rows, and against its bound.
+
+Reads the input anew, by global position, and shares no code with the kernels, the layouts or the schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringspan.commands.source import Source
+from ringspan.problem import Mask
+
+NUM_ROWS = 64
+BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4, torch.float64: 1e-12}
+_BLOCK_ELEMENTS = 1 << 22  # of one block of keys
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Attention of sampled rows: their global positions, out [B, H, R, D] and lse [B, H, R]."""
+
+    positions: np.ndarray
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative errors, and what out's may be. plain: that of plain attention in the same dtype, if it was needed."""
+
+    out_error: float
+    lse_error: float
+    bound: float
+    lse_bound: float
+    plain: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.out_error <= self.bound and self.lse_error <= self.lse_bound
+
+
+def sampled_positions(num_queries: int, seed: int = 0) -> np.ndarray:
+    """Ascending; the first and the last row are always among them."""
+    others = np.random.default_rng(seed).permutation(max(0, num_queries - 2))[: NUM_ROWS - 2] + 1
+    return np.unique(np.concatenate(([0, num_queries - 1], others)))
+
+
+def judge(rows: Rows, truth: Rows, source: Source, mask: Mask, scale: float) -> Verdict:
+    """The bound is that of the dtype, or twice the error of plain attention in that dtype, if that is more."""
+    out_error, lse_error = relative_error(rows.out, truth.out), relative_error(rows.lse, truth.lse)
+    bound, plain = BOUNDS[source.dtype], None
+    if not out_error <= bound:
+        plain = relative_error(_plain_rows(rows.positions, source, mask, scale), truth.out)
+        bound = max(bound, 2 * plain)
+    lse_bound = BOUNDS[torch.float64 if source.dtype == torch.float64 else torch.float32]
+    return Verdict(out_error, lse_error, bound, lse_bound, plain)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """||found - truth|| / ||truth|| where truth is finite; inf where the two differ in what is not."""
+    found, finite = found.double(), torch.isfinite(truth)
+    same = torch.equal(found[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5))
+    if not same or not bool(torch.isfinite(found[finite]).all()):
+        return float("inf")
+    difference, size = (float(torch.linalg.vector_norm(x)) for x in (found[finite] - truth[finite], truth[finite]))
+    return difference / size if size else (0.0 if not difference else float("inf"))
+
+
+def exact_rows(
+    positions: np.ndarray, source: Source, mask: Mask, scale: float, advance: Callable[[float], object]
+) -> Rows:
+    """The definition in float64, over the keys in blocks. advance is told of each block's share of the keys."""
+    q = _queries(positions, source).double()
+    lo, hi = mask.intervals(positions)
+    batch, heads, num_rows, dim = q.shape
+    acc = torch.zeros(batch, heads, num_rows, dim, dtype=torch.float64)
+    largest, total = torch.full(q.shape[:3], -torch.inf).double(), torch.zeros(q.shape[:3]).double()
+    kv_batch, kv_heads, num_keys, _ = source.shapes["k"]
+    at_once = max(64, _BLOCK_ELEMENTS // (kv_batch * kv_heads * dim))
+    for start in range(0, num_keys, at_once):
+        block = range(start, min(start + at_once, num_keys))
+        advance(len(block) / num_keys)
+        if not ((lo < block.stop) & (hi > block.start) & (lo < hi)).any():
+            continue
+        k, v = (source.take(name, [block]).double().repeat_interleave(heads // kv_heads, 1) for name in "kv")
+        for rows, keys, seen in _parts(lo - start, hi - start, k, v):
+            scores = torch.matmul(q[:, :, rows], k[:, :, keys].mT).mul_(scale)
+            if seen is not None:
+                scores.masked_fill_(~seen, -torch.inf)
+            _absorb(acc[:, :, rows], largest[:, :, rows], total[:, :, rows], scores, v[:, :, keys])
+    unseen = total == 0
+    out = acc / torch.where(unseen, 1.0, total).unsqueeze(-1)
+    return Rows(positions, out, torch.where(unseen, -torch.inf, largest + total.log()))
+
+
+def _parts(lo: np.ndarray, hi: np.ndarray, k: Tensor, v: Tensor):
+    """Rows and keys of a block to be worked on together, and which of them see each other (None: all)."""
+    lo, hi = np.clip(lo, 0, k.shape[2]), np.clip(hi, 0, k.shape[2])
+    if bool(torch.isfinite(k).all()) and bool(torch.isfinite(v).all()):
+        key = np.arange(k.shape[2])
+        seen = (lo[:, None] <= key) & (key < hi[:, None])
+        yield slice(0, len(lo)), slice(0, len(key)), torch.from_numpy(seen)
+        return
+    # 0 * NaN is NaN: where there is one, each row by itself, on the keys that it sees and no others.
+    for row, (first, last) in enumerate(zip(lo.tolist(), hi.tolist(), strict=True)):
+        if first < last:
+            yield slice(row, row + 1), slice(first, last), None
+
+
+def _absorb(acc: Tensor, largest: Tensor, total: Tensor, scores: Tensor, v: Tensor) -> None:
+    new = torch.maximum(largest, scores.amax(-1))
+    base = torch.where(new == -torch.inf, 0.0, new)
+    weights, correction = torch.exp(scores - base.unsqueeze(-1)), torch.exp(largest - base)
+    acc.mul_(correction.unsqueeze(-1)).add_(weights @ v)
+    total.mul_(correction).add_(weights.sum(-1))
+    largest.copy_(new)
+
+
+def _plain_rows(positions: np.ndarray, source: Source, mask: Mask, scale: float) -> Tensor:
+    """The same rows by torch's own attention in the input's dtype."""
+    q = _queries(positions, source)
+    num_keys = source.shapes["k"][2]
+    k, v = (source.take(name, [range(num_keys)]) for name in "kv")
+    lo, hi = mask.intervals(positions)
+    key = np.arange(num_keys)
+    seen = torch.from_numpy((lo[:, None] <= key) & (key < hi[:, None]))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.masked_fill(~seen.any(-1)[:, None], 0.0)
+
+
+def _queries(positions: np.ndarray, source: Source) -> Tensor:
+    return source.take("q", [range(position, position + 1) for position in positions.tolist()])

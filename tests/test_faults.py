@@ -1,0 +1,309 @@
+"""Ranks that die, raise, come late or disagree: the others get an error that says so, soon, and none hangs."""
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from processes import results, run_processes
+
+import ringspan
+from ringspan import run_local
+
+
+def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, heads, tokens, head_dim, generator=generator).to(dtype) for _ in range(3)]
+
+
+def errors(endings):
+    return [None if ending.error is None else (type(ending.error), str(ending.error)) for ending in endings]
+
+
+# Each of these is what one rank does differently, and what the message must say on every rank.
+DISAGREEMENTS = {
+    "head_dim": (dict(head_dim=5), {}, "disagree on head_dim"),
+    "dtype": (dict(dtype=torch.bfloat16), {}, "disagree on dtype"),
+    "heads": (dict(heads=3), {}, "disagree on the number of query heads"),
+    "causal": ({}, dict(causal=True), "disagree on window_size and causal"),
+    "layout": ({}, dict(layout="zigzag"), "disagree on layout"),
+    "scale": ({}, dict(softmax_scale=0.5), "disagree on softmax_scale"),
+    "documents": ({}, dict(cu_seqlens=[0, 3, 24]), "disagree on cu_seqlens"),
+    "kernel": ({}, dict(kernel="reference"), "disagree on kernel"),
+}
+
+# What one rank passes that breaks a rule, the class that it gets, and words of the message.
+REFUSALS = {
+    "rank of q": (lambda q, k, v: ((q[0], k, v), {}), ValueError, "q must have 4 dimensions"),
+    "not a tensor": (lambda q, k, v: ((q, [1], v), {}), TypeError, "k must be a torch.Tensor"),
+    "integers": (lambda q, k, v: ((q.int(), k, v), {}), TypeError, "q has an unsupported dtype"),
+    "dtype mix": (lambda q, k, v: ((q, k.double(), v), {}), TypeError, "share one dtype"),
+    "heads": (lambda q, k, v: ((q[:, :1], k, v), {}), ValueError, "multiple of the number of key/value heads"),
+    "k, v shapes": (lambda q, k, v: ((q, k, v[:, :, 1:]), {}), ValueError, "k and v must have one shape"),
+    "head_dim": (lambda q, k, v: ((q[..., 1:], k, v), {}), ValueError, "one head_dim"),
+    "layout": (lambda q, k, v: ((q, k, v), dict(layout="spiral")), ValueError, "layout is unknown"),
+    "kernel": (lambda q, k, v: ((q, k, v), dict(kernel="abacus")), ValueError, "kernel is unknown"),
+    "window": (lambda q, k, v: ((q, k, v), dict(window_size=(-2, 0))), ValueError, "at least -1"),
+    "window type": (lambda q, k, v: ((q, k, v), dict(window_size=7)), TypeError, "two integers"),
+    "scale": (lambda q, k, v: ((q, k, v), dict(softmax_scale=float("nan"))), ValueError, "must be finite"),
+    "documents start": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[1, 24])), ValueError, "begin with 0"),
+    "documents order": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[0, 9, 3, 24])), ValueError, "not decrease"),
+    "causal": (lambda q, k, v: ((q, k, v), dict(causal=1)), TypeError, "causal must be a bool"),
+}
+
+
+def disagree(rank, different):
+    found = []
+    for tensors, options, _ in DISAGREEMENTS.values():
+        mine = (tensors, options) if rank == different else ({}, {})
+        try:
+            ringspan.ring_attention(*shards(**mine[0]), **mine[1])
+        except ringspan.DisagreementError as error:
+            found.append(str(error))
+    return found, good_call()
+
+
+def refuse(rank, different):
+    found = []
+    for spoil, _, _ in REFUSALS.values():
+        args, options = spoil(*shards()) if rank == different else (shards(), {})
+        try:
+            ringspan.ring_attention(*args, **options)
+        except ringspan.RingspanError as error:
+            found.append(error)
+    return found, good_call()
+
+
+def good_call():
+    return ringspan.ring_attention(*shards(), causal=True).shape
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_ranks_that_disagree_get_an_error_on_every_rank_and_can_go_on(where):
+    for found, shape in by_rank(where, disagree, 3, 1):
+        for message, (_, _, words) in zip(found, DISAGREEMENTS.values(), strict=True):
+            assert words in message and "on rank 1" in message and "on ranks 0, 2" in message
+        assert shape == (1, 2, 8, 4)
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_a_rank_that_refuses_its_arguments_is_named_on_every_rank_and_all_can_go_on(where):
+    for rank, (found, shape) in enumerate(by_rank(where, refuse, 3, 1)):
+        for error, (_, kind, words) in zip(found, REFUSALS.values(), strict=True):
+            assert words in str(error)
+            if rank == 1:
+                assert isinstance(error, kind)
+            else:
+                assert isinstance(error, ringspan.PeerRefusedError) and "rank 1 refused" in str(error)
+        assert shape == (1, 2, 8, 4)
+
+
+def by_rank(where, fn, num_ranks, *args):
+    if where == "threads":
+        return run_local(lambda group, *args: fn(group.rank(), *args), num_ranks, *args, timeout=30)
+    return results(run_processes(fn, num_ranks, *args))
+
+
+def test_lengths_that_no_zigzag_or_stripe_has_are_refused_on_every_rank():
+    def work(group, layout):
+        with pytest.raises(ringspan.LayoutError, match="takes only the shard lengths of its own rule"):
+            ringspan.ring_attention(*shards(tokens=8 + 3 * group.rank()), layout=layout)
+        with pytest.raises(ValueError, match="unequal lengths"):
+            q, k, v = shards()
+            ringspan.ring_attention(q[:, :, 1:], k, v, causal=True)
+        with pytest.raises(ValueError, match="cu_seqlens must end at"):
+            ringspan.ring_attention(*shards(), cu_seqlens=[0, 23])
+        return good_call()
+
+    for layout in ("zigzag", "striped"):
+        assert run_local(work, 3, layout) == [(1, 2, 8, 4)] * 3
+
+
+def fall_silent(rank, phase, victim):
+    """One rank is killed at a phase of a call; the kernel of the others is not touched."""
+    if rank == victim:
+        if phase == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        die_in_kernel(forward=phase == "forward")
+    q, k, v = (x.requires_grad_() for x in shards(tokens=16))
+    out = ringspan.ring_attention(q, k, v)
+    out.sum().backward()
+    return "finished"
+
+
+def die_in_kernel(forward):
+    from ringspan.kernels.table import KERNELS
+
+    name = "absorb" if forward else "absorb_gradient"
+    calls = []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first tile went well; its shard is on the way to a neighbour
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for kernel in KERNELS:
+        setattr(kernel, name, die)
+
+
+@pytest.mark.parametrize("phase", ["before", "forward", "backward"])
+def test_when_a_rank_is_killed_the_others_raise_soon_and_name_it(phase):
+    endings = run_processes(fall_silent, 4, phase, 2, group_timeout_s=30)
+    assert endings[2].exitcode == -signal.SIGKILL
+    for rank in (0, 1, 3):
+        error = endings[rank].error
+        assert isinstance(error, ringspan.RankFailedError), (rank, endings[rank])
+        assert endings[rank].exitcode == 0
+        assert endings[rank].seconds < 25, "well before the group's timeout of 30 s"
+    told = "\n".join(str(endings[rank].error) for rank in (0, 1, 3))
+    assert "rank 2" in told or "ranks 2" in told
+
+
+def raise_in_kernel(rank, victim):
+    from ringspan.kernels.table import KERNELS
+
+    def fail(*args):
+        raise MemoryError("no room for this tile")
+
+    if rank == victim:
+        for kernel in KERNELS:
+            kernel.absorb = fail
+    try:
+        ringspan.ring_attention(*shards())
+    except MemoryError as error:
+        return "own", str(error)
+    except ringspan.RankFailedError as error:
+        with pytest.raises(ringspan.RankFailedError, match="process group is done for"):
+            ringspan.ring_attention(*shards())
+        return "told", str(error)
+
+
+def test_when_a_rank_raises_in_the_middle_of_a_call_the_others_get_its_name_and_reason():
+    found = results(run_processes(raise_in_kernel, 3, 1, group_timeout_s=60))
+    assert found[1] == ("own", "no room for this tile")
+    for rank in (0, 2):
+        assert found[rank][0] == "told"
+        assert "rank 1 failed first: MemoryError: no room for this tile" in found[rank][1]
+
+
+def stay_away(rank, absent):
+    if rank != absent:
+        ringspan.ring_attention(*shards())
+    else:
+        # Alive but not calling: wait for the others' verdict, which comes through the store.
+        import torch.distributed as dist
+
+        store = dist.group.WORLD.get_group_store()
+        store.wait([f"ringspan/{dist.group.WORLD.group_name}/failed"])
+
+
+def test_a_rank_that_never_comes_is_named_when_the_timeout_has_passed():
+    endings = run_processes(stay_away, 3, 1, group_timeout_s=4)
+    for rank in (0, 2):
+        assert isinstance(endings[rank].error, ringspan.RankFailedError)
+        assert "no sign of rank 1" in str(endings[rank].error), str(endings[rank].error)
+
+
+def come_late(rank, seconds):
+    if rank == 1:
+        threading.Event().wait(seconds)
+    return ringspan.ring_attention(*shards(), causal=True)
+
+
+def test_a_rank_that_comes_late_is_waited_for():
+    endings = run_processes(come_late, 3, 3.0)
+    late = results(endings)
+    punctual = run_local(lambda group: ringspan.ring_attention(*shards(), causal=True), 3)
+    for mine, theirs in zip(late, punctual, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_worker_thread_that_raises_stops_the_others_and_comes_out_as_worker_error():
+    stopped = []
+
+    def work(group):
+        if group.rank() == 1:
+            raise KeyError("my own mistake")
+        try:
+            ringspan.ring_attention(*shards())
+        except ringspan.RankFailedError as error:
+            stopped.append(str(error))
+            raise
+
+    with pytest.raises(ringspan.WorkerError, match=r"rank 1 .*KeyError: 'my own mistake'") as caught:
+        run_local(work, 3, timeout=30)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert len(stopped) == 2 and all("rank 1 failed first" in text for text in stopped)
+
+
+def test_a_worker_thread_that_never_comes_is_named_when_the_timeout_has_passed():
+    def work(group):
+        if group.rank() != 1:
+            ringspan.ring_attention(*shards())
+
+    with pytest.raises(ringspan.RankFailedError, match=r"waited 0.5 s for rank 1 to begin call 1"):
+        run_local(work, 3, timeout=0.5)
+
+
+def test_backward_of_a_local_ring_outside_of_its_worker_raises_at_once():
+    def work(group):
+        q, k, v = (x.requires_grad_() for x in shards())
+        return ringspan.ring_attention(q, k, v)
+
+    outs = run_local(work, 2)
+    with pytest.raises(ringspan.ArgumentError, match=r"call loss.backward\(\) inside the function"):
+        outs[0].sum().backward()
+
+
+def overwrite(rank):
+    from ringspan.kernels.table import KERNELS
+
+    q, k, v = shards(tokens=16, seed=rank)
+    if rank == 2:
+        for kernel in KERNELS:
+            plain = type(kernel).absorb
+
+            def slow(self, *args, plain=plain):
+                threading.Event().wait(0.3)
+                plain(self, *args)
+
+            type(kernel).absorb = slow
+    out = ringspan.ring_attention(q, k, v)
+    k.fill_(float("nan"))
+    v.fill_(float("nan"))
+    return out
+
+
+def test_keys_may_be_overwritten_as_soon_as_a_call_returns_even_if_another_rank_is_slow():
+    found = results(run_processes(overwrite, 3))
+    full = [torch.cat([shards(tokens=16, seed=rank)[i] for rank in range(3)], 2) for i in range(3)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*full).chunk(3, 2)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_keys_may_be_overwritten_as_soon_as_a_call_returns_in_threads(monkeypatch):
+    from ringspan.kernels.table import KERNELS
+
+    for kernel in KERNELS:
+        plain = kernel.absorb
+
+        def slow(*args, plain=plain):
+            if threading.current_thread().name.endswith("-2"):
+                threading.Event().wait(0.1)
+            plain(*args)
+
+        monkeypatch.setattr(kernel, "absorb", slow)
+
+    def work(group):
+        q, k, v = shards(tokens=16, seed=group.rank())
+        out = ringspan.ring_attention(q, k, v)
+        k.fill_(float("nan"))
+        v.fill_(float("nan"))
+        return out
+
+    full = [torch.cat([shards(tokens=16, seed=rank)[i] for rank in range(3)], 2) for i in range(3)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*full).chunk(3, 2)
+    for mine, theirs in zip(run_local(work, 3), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
