@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from ringspan.call import normalised_options
 from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
 from ringspan.layout import split
 from ringspan.transport.table import group_name, resolve
+
+
+@overload
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
 
 
 def ring_attention(

@@ -102,11 +102,12 @@ def _lengths_by_rule(name: str, num_tokens: int, num_ranks: int) -> tuple[int, .
     return tuple(len(piece) for piece in _cut(num_tokens, num_ranks))
 
 
-def _cut(num_tokens: int, num_pieces: int) -> list[range]:
+@lru_cache(maxsize=256)
+def _cut(num_tokens: int, num_pieces: int) -> tuple[range, ...]:
     """num_pieces consecutive runs; the first num_tokens % num_pieces of them one longer."""
     size, longer = divmod(num_tokens, num_pieces)
     stops = accumulate(size + (index < longer) for index in range(num_pieces))
-    return [range(stop - size - (index < longer), stop) for index, stop in enumerate(stops)]
+    return tuple(range(stop - size - (index < longer), stop) for index, stop in enumerate(stops))
 
 
 def _joined(first: range, second: range) -> tuple[range, ...]:

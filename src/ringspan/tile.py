@@ -119,6 +119,9 @@ class RowIntervals:
         Intervals of shape [T] only. Packed documents come out as one piece a document; a causal diagonal
         that the tile's edge clips comes out as a diagonal and a rectangle.
         """
+        if self.band is not None and self.band.lower is None and self.band.upper is not None:
+            yield from self._pieces_below(self.band.upper)
+            return
         lo, hi = self.arrays()
         seeing = lo < hi
         lo_steps, hi_steps = np.diff(lo), np.diff(hi)
@@ -134,6 +137,15 @@ class RowIntervals:
                 steps = (int(lo_steps[row]), int(hi_steps[row])) if last > row else (0, 0)
                 yield Piece(slice(row, last + 1), int(lo[row]), int(hi[row]), *steps)
             row = last + 1
+
+    def _pieces_below(self, upper: int) -> Iterator[Piece]:
+        """Row i sees j < i + upper: a diagonal until the tile's last key, then a rectangle."""
+        first = max(0, 1 - upper)
+        edge = min(max(self.num_keys - upper + 1, first), self.num_rows)
+        if first < edge:
+            yield Piece(slice(first, edge), 0, first + upper, 0, 1)
+        if max(first, edge) < self.num_rows and self.num_keys:
+            yield Piece(slice(edge, self.num_rows), 0, self.num_keys, 0, 0)
 
 
 @dataclass(frozen=True)

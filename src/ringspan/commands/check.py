@@ -62,13 +62,14 @@ def judge(rows: Rows, truth: Rows, source: Source, mask: Mask, scale: float) -> 
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """||found - truth|| / ||truth|| where truth is finite; inf where the two differ in what is not."""
+    """||found - truth|| / ||truth|| where truth is finite; inf where found differs from what is not."""
     found, finite = found.double(), torch.isfinite(truth)
-    same = torch.equal(found[~finite].nan_to_num(nan=0.5), truth[~finite].nan_to_num(nan=0.5))
-    if not same or not bool(torch.isfinite(found[finite]).all()):
+    if not torch.allclose(found[~finite], truth[~finite], equal_nan=True):
         return float("inf")
     difference, size = (float(torch.linalg.vector_norm(x)) for x in (found[finite] - truth[finite], truth[finite]))
-    return difference / size if size else (0.0 if not difference else float("inf"))
+    if not difference:
+        return 0.0
+    return difference / size if size else float("inf")
 
 
 def exact_rows(
@@ -80,8 +81,8 @@ def exact_rows(
     batch, heads, num_rows, dim = q.shape
     acc = torch.zeros(batch, heads, num_rows, dim, dtype=torch.float64)
     largest, total = torch.full(q.shape[:3], -torch.inf).double(), torch.zeros(q.shape[:3]).double()
-    kv_batch, kv_heads, num_keys, _ = source.shapes["k"]
-    at_once = max(64, _BLOCK_ELEMENTS // (kv_batch * kv_heads * dim))
+    _, kv_heads, num_keys, _ = source.shapes["k"]
+    at_once = max(64, _BLOCK_ELEMENTS // (batch * heads * dim))
     for start in range(0, num_keys, at_once):
         block = range(start, min(start + at_once, num_keys))
         advance(len(block) / num_keys)

@@ -65,20 +65,18 @@ class FileSource:
 def open_file(path: Path) -> FileSource:
     """The source that a file is; every refusal names the file, and the tensor where it is one."""
     try:
+        path.open("rb").close()  # its error says why, that of safe_open does not
         with safe_open(path, framework="pt") as file:
             held = file.keys()
             slices = {name: file.get_slice(name) for name in NAMES if name in held}
     except OSError as error:
-        reason = error.strerror or str(error).partition(":")[0]
-        raise ArgumentError(explain("INPUT cannot be read.", got=f"{path}: {reason}")) from None
+        raise ArgumentError(explain("INPUT cannot be read.", got=f"{path}: {error.strerror or error}")) from None
     except SafetensorError as error:
         raise ArgumentError(
             explain("INPUT is not a whole safetensors file.", got=f"{path}: {error}", fix="safetensors.torch.save_file")
         ) from None
     _refuse_missing(path, held)
-    source = FileSource(
-        path, {name: tuple(x.get_shape()) for name, x in slices.items()}, _common_dtype(path, slices)
-    )
+    source = FileSource(path, {name: tuple(x.get_shape()) for name, x in slices.items()}, _common_dtype(path, slices))
     _refuse_shapes(source)
     return source
 

@@ -36,13 +36,13 @@ class TorchOps:
         return None
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
-        pieces = _calls(visible)
+        calls = _calls(visible, scale)
         # Flash multiplies weights of 0 by V, and 0 * NaN would reach rows that do not see the NaN.
-        if pieces is None or (visible.kind is not Kind.FULL and not _finite(v)):
+        if calls is None or (visible.kind is not Kind.FULL and not _finite(v)):
             self._reference.absorb(state, q, k, v, visible, scale)
             return
         dtype = state.acc.dtype
-        for block, causal in _blocks(q, k, pieces, dtype):
+        for block, causal in _blocks(q, k, calls, dtype):
             inputs = (_ready(x, dtype) for x in (block.queries(q), block.keyed(k), block.keyed(v)))
             out, lse = _FLASH(*inputs, 0.0, causal, scale=scale)
             state.select(block.rows, block.heads, block.batch).merge_(out, lse)
@@ -61,13 +61,13 @@ class TorchOps:
         visible: RowIntervals,
         scale: float,
     ) -> None:
-        pieces = _calls(visible)
+        calls = _calls(visible, scale)
         masked = visible.kind is not Kind.FULL
-        if pieces is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
+        if calls is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
             self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
             return
         dtype = dq.dtype
-        for block, causal in _blocks(q, k, pieces, dtype):
+        for block, causal in _blocks(q, k, calls, dtype):
             bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
             bk, bv = block.keyed(k), block.keyed(v)
             into_q, into_k, into_v = block.queries(dq), block.keyed(dk), block.keyed(dv)
@@ -114,11 +114,12 @@ def _stand_in_for_out(do: Tensor, delta: Tensor) -> Tensor | None:
 Call = tuple[slice, slice, bool]  # rows, keys, whether causal from the corner
 
 
-def _calls(visible: RowIntervals) -> list[Call] | None:
+def _calls(visible: RowIntervals, scale: float) -> list[Call] | None:
     """The visible pairs as rectangles and corner diagonals, or None where they are too many or of other shapes."""
     if visible.kind is Kind.FULL:
         return [(slice(0, visible.num_rows), slice(0, visible.num_keys), False)]
-    if visible.arrays()[0].ndim > 1:
+    # Flash hides pairs before it scales: -inf * 0 is NaN, and -inf * -1 is not hidden at all.
+    if visible.arrays()[0].ndim > 1 or scale <= 0:
         return None
     calls: list[Call] = []
     for piece in visible.pieces():
@@ -150,8 +151,13 @@ def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iter
         return num_kv * (3 * group * num_rows + 2 * num_keys) * dim
 
     budget = SCRATCH_BYTES // dtype.itemsize
+    num_batch, num_heads, num_kv = q.shape[0], q.shape[1], k.shape[1]
     for rows, keys, causal in calls:
-        whole = _corner(rows.stop - rows.start, keys.stop - keys.start, causal)
+        num_rows, num_keys = rows.stop - rows.start, keys.stop - keys.start
+        if scratch_elements(num_batch * num_kv, num_heads // num_kv, num_rows, num_keys) <= budget:
+            yield Block(slice(0, num_batch), slice(0, num_kv), slice(0, num_heads), rows, keys), causal
+            continue
+        whole = _corner(num_rows, num_keys, causal)
         for block in blocks(q[:, :, rows], k[:, :, keys], whole, scratch_elements, budget, smallest=256):
             part = whole.block(block.rows, block.keys)
             yield from _moved(block, part, rows.start, keys.start)
@@ -159,7 +165,7 @@ def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iter
 
 def _moved(block: Block, part: RowIntervals, row: int, key: int) -> Iterator[tuple[Block, bool]]:
     """A block's own rectangles and diagonals, in the rows and keys of the whole tile."""
-    for rows, keys, causal in _calls(part) or ():
+    for rows, keys, causal in _calls(part, scale=1.0) or ():
         yield (
             Block(
                 block.batch,

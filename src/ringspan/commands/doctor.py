@@ -1,0 +1,122 @@
+"""What this machine can use, and why not the rest; and a small ring, as proof."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import ringspan
+from ringspan.commands import check
+from ringspan.commands.asked import Asked, Exit
+from ringspan.commands.attend import num_cores
+from ringspan.commands.report import console
+from ringspan.commands.source import RandomSource
+from ringspan.kernels.table import KERNELS
+
+_HEAD_DIM = 64
+_PACKAGES = ("torch", "numpy", "rich", "typer", "safetensors", "ml_dtypes")
+_NUM_WORKERS, _NUM_TOKENS = 3, 301
+
+
+def run() -> Exit:
+    out = console()
+    for table in (_machine(), _kernels(), _transports()):
+        out.print(table)
+    error, bound = _small_ring()
+    passed = error <= bound
+    told = f"a ring of {_NUM_WORKERS} threads over {_NUM_TOKENS} tokens, causal and striped: "
+    out.print(_mark(passed), f"{told}error {error:.1e} (bound {bound:.1e})")
+    return Exit.OK if passed else Exit.BEYOND_BOUND
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", min_width=72)
+    for header in headers:
+        table.add_column(header, no_wrap=header != headers[-1])
+    table.show_header = bool(headers[0])
+    return table
+
+
+def _machine() -> Table:
+    table = _table(f"ringspan {ringspan.__version__}, Python {platform.python_version()}", "", "")
+    table.add_row("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+    table.add_row("processor", f"{num_cores()} cores, {torch.get_num_threads()} torch threads, {platform.machine()}")
+    table.add_row("memory", _memory())
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(gpus) or "none that this torch can use")
+    return table
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _memory() -> str:
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return "unknown"
+    whole, free = (count * os.sysconf("SC_PAGE_SIZE") / 2**30 for count in pages)
+    return f"{whole:.1f} GiB, {free:.1f} GiB of it free"
+
+
+def _kernels() -> Table:
+    probes = [(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)]
+    if torch.cuda.is_available():
+        probes += [(dtype, torch.device("cuda")) for dtype in (torch.float32, torch.bfloat16)]
+    names = [f"{device.type} {str(dtype).removeprefix('torch.')}" for dtype, device in probes]
+    table = _table("kernels, in the order in which kernel='auto' asks them", "name", *names, "why not")
+    for kernel in KERNELS:
+        reasons = [kernel.declines(dtype, device, _HEAD_DIM) for dtype, device in probes]
+        declined = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+        table.add_row(kernel.name, *(_mark(reason is None) for reason in reasons), declined)
+    return table
+
+
+def _transports() -> Table:
+    table = _table("transports", "name", "", "usable", "what it is")
+    table.add_row("local", "", _mark(True), "threads of one process (ringspan.run_local)")
+    for backend, what, usable, why in (
+        ("gloo", "processes, tensors on CPUs", dist.is_available() and dist.is_gloo_available(), "no gloo"),
+        ("nccl", "processes, tensors on NVIDIA GPUs", *_nccl()),
+    ):
+        table.add_row("torch_dist", backend, _mark(usable), what if usable else f"{what}: {why}")
+    return table
+
+
+def _nccl() -> tuple[bool, str]:
+    if not (dist.is_available() and dist.is_nccl_available()):
+        return False, "this torch was built without NCCL"
+    return torch.cuda.is_available(), "no GPU that this torch can use"
+
+
+def _mark(good: bool) -> Text:
+    return Text("✓", style="bold green") if good else Text("✗", style="bold red")
+
+
+def _small_ring() -> tuple[float, float]:
+    """(error, bound) of every row of a small call."""
+    source, asked = RandomSource(_NUM_TOKENS, 4, 2, 32, torch.float32, seed=0), Asked(causal=True, layout="striped")
+    full = [source.take(name, [range(_NUM_TOKENS)]) for name in ("q", "k", "v")]
+
+    def work(group) -> torch.Tensor:
+        shards = (ringspan.shard(x, 2, layout="striped", group=group) for x in full)
+        out = ringspan.ring_attention(*shards, group=group, causal=True, layout="striped")
+        assert isinstance(out, torch.Tensor)
+        return ringspan.unshard(out, 2, layout="striped", group=group)
+
+    out = ringspan.run_local(work, _NUM_WORKERS)[0]
+    positions, mask = np.arange(_NUM_TOKENS), asked.mask(_NUM_TOKENS, _NUM_TOKENS)
+    truth = check.exact_rows(positions, source, mask, 32**-0.5, lambda share: None)
+    return check.relative_error(out, truth.out), check.BOUNDS[torch.float32]

@@ -1,0 +1,103 @@
+"""What `attend` was asked, in a form that every worker process gets, and what a worker's part of it took."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ringspan.commands.asked import Asked
+from ringspan.commands.source import FileSource, Source
+from ringspan.errors import ArgumentError, explain
+from ringspan.kernels import table as kernel_table
+from ringspan.layout import Layout, split
+from ringspan.problem import UNBOUNDED, Mask, Problem
+from ringspan.state import state_dtype
+
+
+@dataclass(frozen=True)
+class Job:
+    """Made by `plan`, which refuses what cannot be done.
+
+    processes: workers are the ranks of a process group, else threads of this process. part: where the result is
+    written before it gets the name out. timeout_s: bounds every wait of one worker for another.
+    """
+
+    source: Source
+    asked: Asked
+    num_workers: int
+    processes: bool
+    out: Path | None = None
+    part: Path | None = None
+    with_lse: bool = False
+    compare: bool = False
+    timeout_s: float = 1800.0
+
+    @property
+    def mask(self) -> Mask:
+        return self.asked.mask(self.source.shapes["q"][2], self.source.shapes["k"][2])
+
+    @property
+    def problem(self) -> Problem:
+        (batch, heads, _, dim), kv_heads = self.source.shapes["q"], self.source.shapes["k"][1]
+        dtype = self.source.dtype
+        return Problem(self.mask, batch, heads, kv_heads, dim, dtype.itemsize, state_dtype(dtype).itemsize)
+
+    @property
+    def scale(self) -> float:
+        asked = self.asked.softmax_scale
+        return self.source.shapes["q"][3] ** -0.5 if asked is None else asked
+
+    def layout(self, name: str) -> Layout:
+        return split(self.asked.layout, self.source.shapes[name][2], self.num_workers)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one worker's call took. peak_bytes: memory at most, beyond its inputs; None where unknown."""
+
+    seconds: float
+    compute_s: float
+    wait_s: float
+    peak_bytes: int | None
+
+
+def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: Path | None, **rest) -> Job:
+    """The job, once everything that can be refused beforehand has been looked at. Computes nothing."""
+    part = None if out is None else out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    job = Job(source, asked, num_workers, processes, out, part, **rest)
+    kernel_table.choose(asked.kernel, source.dtype, torch.device("cpu"), source.shapes["q"][3])
+    mask = job.mask
+    if job.compare and (mask.cu_seqlens is not None or mask.left != UNBOUNDED or mask.right > 0):
+        raise ArgumentError(
+            explain(
+                "--compare runs torch's attention over the whole sequence, which knows no mask but causal.",
+                got=asked.mask_in_words(),
+                fix="leave out --compare, or --window and --documents",
+            )
+        )
+    return job
+
+
+def refuse_unwritable(job: Job) -> None:
+    """For the process that will write: find out before the work."""
+    if job.out is None or job.part is None:
+        return
+    try:
+        if isinstance(job.source, FileSource) and job.out.exists() and job.out.samefile(job.source.path):
+            raise ArgumentError(explain("--out is INPUT itself.", got=str(job.out), fix="another name"))
+        if job.out.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        job.part.touch(exist_ok=False)
+        job.part.unlink()
+    except OSError as error:
+        raise unwritable(job.out, error) from None
+
+
+def unwritable(out: Path, error: Exception) -> ArgumentError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ArgumentError(
+        explain("--out cannot be written.", got=f"{out}: {reason}", fix="a file in a folder that you may write to")
+    )

@@ -1,0 +1,178 @@
+"""What `attend` shows: progress while it works, a table at the end, and what went wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from ringspan.commands.check import NUM_ROWS, Verdict
+from ringspan.kernels.contract import SCRATCH_BYTES
+from ringspan.observe import StepRecord
+
+if TYPE_CHECKING:
+    from ringspan.commands.finish import Plain
+    from ringspan.commands.job import Job, Spent
+
+_WIDTH = 100  # where the output is no terminal
+
+
+def console(stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDTH)
+
+
+def complain(text: str) -> None:
+    """A message on stderr, as it is: no markup, no wrapping."""
+    out = console(stderr=True)
+    out.print(Text("ringspan: ", style="bold red") + Text(text), soft_wrap=True)
+
+
+class Bars:
+    """Progress on stderr: bars on a terminal, else a line a step."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._ring = None if progress is None else progress.add_task("ring steps of worker 0", total=None)
+        self._rows: TaskID | None = None
+
+    def step(self, record: StepRecord) -> None:
+        if self._progress is not None and self._ring is not None:
+            self._progress.update(self._ring, completed=record.place, total=record.num_steps)
+        else:
+            told = f"computed {record.compute_s:.2f} s, waited {record.wait_s:.2f} s"
+            print(f"worker 0, step {record.place} of {record.num_steps}: {told}", file=sys.stderr, flush=True)
+
+    def checking(self, share: float) -> None:
+        """Told of the share of the keys that another block of the check is."""
+        if self._progress is None:
+            return
+        if self._rows is None:
+            self._rows = self._progress.add_task("check in float64, % of keys", total=100)
+        self._progress.advance(self._rows, 100 * share)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextmanager
+def progress() -> Iterator[Bars]:
+    out = console(stderr=True)
+    if not out.is_terminal:
+        yield Bars(None)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=out) as bars:
+        yield Bars(bars)
+
+
+def show(
+    job: Job, spent: Sequence[Spent], verdict: Verdict, plain: Plain | None = None, peak_bytes: int | None = None
+) -> None:
+    """The table on stdout. peak_bytes: of all workers together, where they share one process."""
+    seconds = max(one.seconds for one in spent)
+    table = Table(box=box.ROUNDED, show_header=False, title="exact attention, in a ring", title_justify="left")
+    table.title_style, table.caption_justify = "bold", "left"
+    table.caption = "a / b / c: the least, the median and the most of the workers" if job.num_workers > 1 else None
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, value in (
+        ("input", f"{job.source.label}, {_dtype(job)}"),
+        ("tokens", _tokens(job)),
+        ("workers", f"{job.num_workers} {'processes' if job.processes else 'threads of one process'}"),
+        ("layout", job.asked.layout),
+        ("mask", job.asked.mask_in_words()),
+        ("time", _time(job, seconds)),
+        ("computing", _shares([one.compute_s / seconds for one in spent])),
+        ("waiting", _shares([one.wait_s / seconds for one in spent]) + " for transfers"),
+        ("peak memory", _memory(job, spent, peak_bytes)),
+        ("error", _error(verdict)),
+        *((("torch alone", _plain(plain, seconds)),) if plain else ()),
+        *((("written", _written(job) if verdict.passed else Text("nothing", style="red")),) if job.out else ()),
+    ):
+        table.add_row(name, value)
+    console().print(table)
+
+
+def _dtype(job: Job) -> str:
+    return str(job.source.dtype).removeprefix("torch.")
+
+
+def _tokens(job: Job) -> str:
+    (batch, heads, queries, dim), (_, kv_heads, keys, _) = job.source.shapes["q"], job.source.shapes["k"]
+    tokens = f"{queries:,}" if queries == keys else f"{queries:,} queries, {keys:,} keys"
+    grouped = "" if heads == kv_heads else f" on {kv_heads} key/value heads"
+    batched = f"batch {batch}, " if batch > 1 else ""
+    return f"{tokens} ({batched}{_count(heads, 'head')}{grouped}, head_dim {dim})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _time(job: Job, seconds: float) -> str:
+    flops = job.problem.forward_flops()
+    pairs = job.mask.num_visible_pairs()
+    return f"{seconds:.2f} s, {flops / seconds / 1e9:,.0f} GFLOP/s ({pairs:,} visible pairs a head)"
+
+
+def _shares(shares: list[float]) -> str:
+    return f"{_spread([f'{share:.0%}' for share in sorted(shares)])} of the time"
+
+
+def _spread(ascending: list[str]) -> str:
+    """Least, median (the lower one of two) and most."""
+    return " / ".join((ascending[0], ascending[(len(ascending) - 1) // 2], ascending[-1]))
+
+
+def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
+    peaks = sorted(one.peak_bytes for one in spent if one.peak_bytes is not None)
+    if not peaks:
+        told = "not measured on this system" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs,"
+        return f"{told} all workers together"
+    shards, state, scratch = _mib(2 * _kv_bytes(job)), _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
+    parts = f"two K/V shards {shards}, state and out {state}, scratch up to {scratch}"
+    return f"{_spread([_mib(peak) for peak in peaks])} MiB a worker beyond inputs ({parts})"
+
+
+def _kv_bytes(job: Job) -> int:
+    batch, kv_heads, _, dim = job.source.shapes["k"]
+    return 2 * batch * kv_heads * max(job.layout("k").lengths) * dim * job.source.dtype.itemsize
+
+
+def _state_bytes(job: Job) -> int:
+    batch, heads, _, dim = job.source.shapes["q"]
+    row = (dim + 2) * job.problem.state_itemsize_bytes + dim * job.source.dtype.itemsize
+    return batch * heads * max(job.layout("q").lengths) * row
+
+
+def _mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.0f}"
+
+
+def _error(verdict: Verdict) -> Text:
+    mark = Text("✓ ", style="bold green") if verdict.passed else Text("✗ ", style="bold red")
+    why = "" if verdict.plain is None else f": twice plain attention's {verdict.plain:.1e}"
+    told = f"{verdict.out_error:.1e} on {NUM_ROWS} rows against float64 attention (bound {verdict.bound:.1e}{why})"
+    if not verdict.lse_error <= verdict.lse_bound:
+        told += f"; lse {verdict.lse_error:.1e} (bound {verdict.lse_bound:.1e})"
+    return mark + Text(told)
+
+
+def _plain(plain: Plain, seconds: float) -> str:
+    ratio = plain.seconds / seconds
+    than = f"{ratio:.2f} times the ring's time"
+    return f"{plain.seconds:.2f} s, {than}, error {plain.error:.1e} ({_count(plain.num_threads, 'thread')})"
+
+
+def _written(job: Job) -> str:
+    assert job.out is not None
+    return f"{job.out}: out{' and lse' if job.with_lse else ''}, {_mib(job.out.stat().st_size)} MiB"

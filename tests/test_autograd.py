@@ -1,0 +1,182 @@
+"""Gradients through the ring as users of torch take them: gradcheck, compile, checkpoint, autocast, grad modes."""
+
+import threading
+
+import pytest
+import torch
+from processes import results, run_processes
+from torch.utils.checkpoint import checkpoint
+
+import ringspan
+from ringspan import run_local
+
+
+def tensors(dtype=torch.float32, tokens=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8))
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(causal=True, window_size=(3, 0))])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_gradcheck_passes_through_a_whole_ring(options, kv_heads):
+    """Every rank moves the same element of its own shard by the same amount, so that the ranks stay in step; the
+    sum of all ranks' outputs is what each rank's gradient is of."""
+
+    def work(group):
+        generator = torch.Generator().manual_seed(group.rank())
+        q, k, v = (
+            torch.randn(1, heads, 3, 2, generator=generator, dtype=torch.float64).requires_grad_()
+            for heads in (2, kv_heads, kv_heads)
+        )
+
+        def together(*shards):
+            out, lse = ringspan.ring_attention(*shards, layout="zigzag", return_lse=True, **options)
+            # Each rank sees the sum over ranks, so that a moved element shows wherever it is used.
+            return torch.stack([ringspan.unshard(x, 2, layout="zigzag").sum() for x in (out * weight, lse)])
+
+        weight = torch.arange(12, dtype=torch.float64).view(1, 2, 3, 2)
+
+        def alone_moved(which, place, change):
+            moved = [x.detach().clone() for x in (q, k, v)]
+            if group.rank() == which[0]:
+                moved[which[1]].view(-1)[place] += change
+            with torch.no_grad():
+                return together(*moved).sum()
+
+        (together(q, k, v).sum() / group.size()).backward()
+        step = 1e-6
+        for rank in range(group.size()):
+            for index, x in enumerate((q, k, v)):
+                for place in range(x.numel()):
+                    up, down = (alone_moved((rank, index), place, change) for change in (step, -step))
+                    if group.rank() == rank:
+                        expected = (up - down) / (2 * step)
+                        assert abs(x.grad.view(-1)[place] - expected) < 1e-7
+
+    run_local(work, 2)
+
+
+def test_gradcheck_of_torch_passes_on_a_ring_of_one():
+    q, k, v = (x[..., :3].detach().requires_grad_() for x in tensors(torch.float64, tokens=5))
+    fn = lambda *x: ringspan.ring_attention(*x, causal=True, return_lse=True)  # noqa: E731
+    assert torch.autograd.gradcheck(fn, (q, k, v))
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = tensors()
+    out = ringspan.ring_attention(q, k, v)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def grads_of(loss, inputs):
+    for x in inputs:
+        x.grad = None
+    loss.backward()
+    return [x.grad.clone() for x in inputs]
+
+
+def compile_and_checkpoint(rank):
+    inputs = tensors(seed=rank)
+
+    def fn(q, k, v):
+        out, lse = ringspan.ring_attention(
+            q * 2, k, v, causal=True, layout="zigzag", cu_seqlens=[0, 31, 48], return_lse=True
+        )
+        return out.square().sum() + lse.sum()
+
+    plain = fn(*inputs)
+    expected = grads_of(plain, inputs)
+    found = {"compile": torch.compile(fn, fullgraph=True, backend="aot_eager")(*inputs)}
+    ways = {"compile": grads_of(found["compile"], inputs)}
+    for reentrant in (False, True):
+        name = f"checkpoint {reentrant}"
+        found[name] = checkpoint(fn, *inputs, use_reentrant=reentrant)
+        ways[name] = grads_of(found[name], inputs)
+    for name, grads in ways.items():
+        assert torch.equal(found[name], plain), name
+        for grad, exact in zip(grads, expected, strict=True):
+            assert torch.equal(grad, exact), name
+    return True
+
+
+def test_compiled_without_a_graph_break_and_checkpointed_calls_have_the_same_bits():
+    assert results(run_processes(compile_and_checkpoint, 2)) == [True, True]
+
+
+@pytest.mark.parametrize("op", ["attend", "attend_backward"])
+def test_the_custom_ops_pass_the_checks_of_torch_library(op):
+    q, k, v = (x.detach() for x in tensors())
+    options = (None, "alone", "contiguous", -1, 0, None, "auto", True, "")
+    if op == "attend":
+        args = (q, k, v, *options)
+    else:
+        out, lse = torch.ops.ringspan.attend(q, k, v, *options)
+        args = (torch.randn_like(out), None, q, k, v, out, lse, *options)
+    torch.library.opcheck(getattr(torch.ops.ringspan, op).default, args)
+
+
+def test_under_autocast_attention_runs_in_its_dtype_and_accumulates_in_float32():
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ringspan.ring_attention(q, k.bfloat16(), v)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    rounded = [x.detach().bfloat16() for x in (q, k, v)]
+    assert torch.equal(out, ringspan.ring_attention(*rounded))
+
+
+def test_the_gradient_of_lse_alone_is_right():
+    q, k, v = tensors(torch.float64)
+    _, lse = ringspan.ring_attention(q, k, v, return_lse=True)
+    lse.sum().backward()
+    leaf = q.detach().requires_grad_()
+    (leaf @ k.detach().repeat_interleave(2, 1).mT * 8**-0.5).logsumexp(-1).sum().backward()
+    torch.testing.assert_close(q.grad, leaf.grad)
+    assert not v.grad.any()
+
+
+def test_only_what_requires_grad_gets_one():
+    q, k, v = tensors()
+    k.requires_grad_(False)
+    ringspan.ring_attention(q, k, v).sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is not None
+
+
+def test_ranks_that_differ_in_what_requires_grad_are_told():
+    def work(group):
+        q, k, v = tensors()
+        if group.rank() == 1:
+            k = k.detach()
+        with pytest.raises(ringspan.DisagreementError, match="which of q, k, v require grad"):
+            ringspan.ring_attention(q, k, v)
+
+    run_local(work, 2)
+
+
+def test_modes_of_the_caller_hold_in_the_workers_and_torch_threads_are_restored():
+    before = torch.get_num_threads()
+
+    def modes(group):
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+    assert run_local(modes, 2) == [(True, False, False)] * 2
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert run_local(modes, 2) == [(False, False, True)] * 2
+    with torch.inference_mode():
+        assert run_local(modes, 2) == [(False, True, False)] * 2
+        out = run_local(lambda group: ringspan.ring_attention(*(x.detach() for x in tensors())), 2)
+        assert not out[0].requires_grad
+    assert torch.get_num_threads() == before
+    assert threading.active_count() < 50
+
+
+def test_the_graph_keeps_nothing_but_q_k_v_out_and_lse():
+    q, k, v = tensors()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        ringspan.ring_attention(q, k, v, causal=True)
+    assert sorted(x.shape for x in kept) == sorted([q.shape, k.shape, v.shape, q.shape, q.shape[:3]])

@@ -1,0 +1,239 @@
+"""Rings of threads against float64 attention over the whole sequence: every layout, mask, and number of ranks."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from definition import OUT_BOUNDS, attention, relative_error
+from hypothesis import given
+from whole import Case, check, ring
+
+import ringspan
+from ringspan import run_local
+
+LAYOUTS = ("contiguous", "striped", "zigzag")
+
+
+def masks(tokens):
+    third = tokens // 3
+    return {
+        "none": {},
+        "causal": dict(causal=True),
+        "window": dict(window_size=(7, 3)),
+        "causal window": dict(causal=True, window_size=(20, 99)),
+        "self only": dict(window_size=(0, 0)),
+        "documents": dict(cu_seqlens=[0, third, third, tokens]),
+        "causal documents": dict(causal=True, cu_seqlens=[0, third, tokens - third, tokens]),
+    }
+
+
+def assert_ring_is_exact(case, num_ranks):
+    found = run_local(ring, num_ranks, case, timeout=60)
+    check(case, found[0])
+    for name, x in found[0].items():
+        for other in found[1:]:
+            assert torch.equal(x, other[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", masks(3))
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7, 8])
+def test_a_ring_of_any_size_is_exact_under_every_mask_and_layout(num_ranks, mask, layout):
+    tokens = 129
+    assert_ring_is_exact(Case(tokens, 4, 2, layout=layout, options=masks(tokens)[mask]), num_ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 2, 5, 63, 257])
+def test_a_length_that_divides_by_nothing_is_exact(tokens, layout):
+    for num_ranks in (2, 7):
+        assert_ring_is_exact(Case(tokens, layout=layout, options=dict(causal=True)), num_ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_ring_of_64_workers_is_exact(layout):
+    assert_ring_is_exact(Case(300, layout=layout, options=dict(causal=True)), 64)
+
+
+@pytest.mark.parametrize("dtype", OUT_BOUNDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_dtype_is_exact_to_its_own_rounding(dtype, causal):
+    case = Case(200, 4, 1, 32, dtype=dtype, layout="zigzag", options=dict(causal=causal))
+    assert_ring_is_exact(case, 4)
+
+
+@pytest.mark.parametrize("dtype", OUT_BOUNDS)
+def test_the_error_does_not_grow_with_the_number_of_workers(dtype):
+    def error(num_ranks):
+        case = Case(512, 1, 1, 16, dtype=dtype, options=dict(causal=True), layout="striped")
+        q, k, v, *_ = case.tensors()
+        exact, _ = attention(q, k, v, case.seen(), case.scale)
+        return relative_error(run_local(ring, num_ranks, case)[0]["out"], exact)
+
+    alone = error(1)
+    for num_ranks in (2, 8, 64):
+        assert error(num_ranks) <= max(2 * alone, OUT_BOUNDS[dtype] / 4)
+
+
+@pytest.mark.parametrize(("tokens", "keys"), [(40, 100), (100, 40), (3, 64), (64, 3), (5, 0)])
+def test_cross_attention_of_unequal_lengths_is_exact(tokens, keys):
+    assert_ring_is_exact(Case(tokens, 4, 2, keys=keys), 3)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("causal", [False, True])
+def test_grouped_heads_are_exact_whichever_side_travels_in_the_backward(kv_heads, causal):
+    assert_ring_is_exact(Case(150, 8, kv_heads, layout="zigzag", options=dict(causal=causal)), 3)
+
+
+def test_unequal_contiguous_shards_of_any_lengths_are_exact():
+    case = Case(100, options=dict(causal=True, window_size=(30, 0)))
+    q, k, v, *_ = case.tensors()
+    exact, _ = attention(q, k, v, case.seen(), case.scale)
+
+    def work(group, lengths):
+        start = sum(lengths[: group.rank()])
+        mine = slice(start, start + lengths[group.rank()])
+        return ringspan.ring_attention(q[:, :, mine], k[:, :, mine], v[:, :, mine], **case.options)
+
+    for lengths in ((100, 0, 0), (0, 1, 99), (13, 0, 87), (50, 49, 1)):
+        out = torch.cat(run_local(work, 3, lengths), 2)
+        assert relative_error(out, exact) < OUT_BOUNDS[torch.float32]
+
+
+@given(st.data())
+def test_random_problems_are_exact(data):
+    tokens = data.draw(st.integers(1, 90))
+    group = data.draw(st.sampled_from([1, 2, 3]))
+    kv_heads = data.draw(st.sampled_from([1, 2]))
+    options = {"causal": data.draw(st.booleans())}
+    if data.draw(st.booleans()):
+        sides = st.integers(-1, tokens)
+        options["window_size"] = (data.draw(sides), data.draw(sides))
+    if data.draw(st.booleans()):
+        cuts = data.draw(st.lists(st.integers(0, tokens), max_size=6))
+        options["cu_seqlens"] = [0, *sorted(cuts), tokens]
+    if data.draw(st.booleans()):
+        options["softmax_scale"] = data.draw(st.floats(-1, 1, width=32))
+    case = Case(
+        tokens,
+        group * kv_heads,
+        kv_heads,
+        data.draw(st.sampled_from([1, 3, 16, 33])),
+        data.draw(st.sampled_from([1, 2])),
+        layout=data.draw(st.sampled_from(LAYOUTS)),
+        options=options,
+        seed=data.draw(st.integers(0, 99)),
+    )
+    assert_ring_is_exact(case, data.draw(st.integers(1, 5)))
+
+
+def test_two_runs_of_one_call_give_the_same_bits():
+    for layout in LAYOUTS:
+        case = Case(130, 4, 2, dtype=torch.bfloat16, layout=layout, options=dict(causal=True))
+        first, second = (run_local(ring, 4, case)[0] for _ in range(2))
+        for name, x in first.items():
+            assert torch.equal(x, second[name])
+
+
+def test_any_strides_of_the_inputs_give_the_same_bits():
+    q, k, v, *_ = Case(60, 4, 2).tensors()
+
+    def work(group, flip):
+        mine = [ringspan.shard(x, 2) for x in (q, k, v)]
+        if flip == "all" or (flip == "one rank" and group.rank() == 1):
+            mine = [x.mT.contiguous().mT for x in mine]
+        elif flip == "tokens before heads":
+            mine = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in mine]
+        return ringspan.ring_attention(*mine, causal=True)
+
+    plain = run_local(work, 3, "none")
+    for flip in ("all", "one rank", "tokens before heads"):
+        for mine, expected in zip(run_local(work, 3, flip), plain, strict=True):
+            assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["q", "k", "v", "do"])
+def test_what_is_not_finite_reaches_only_those_that_see_it(which, bad):
+    case = Case(48, 1, 1, 4, layout="zigzag", options=dict(causal=True, cu_seqlens=[0, 17, 48]))
+    names = ("q", "k", "v", "do")
+    tensors = dict(zip(names, case.tensors()[:4], strict=True))
+    place = 25  # in the second document
+    tensors[which][0, 0, place, 1] = bad
+    seen = case.seen()
+    row_bad = seen[:, place].clone() if which in "kv" else torch.arange(48) == place
+    key_bad = seen[row_bad].any(0)
+
+    def work(group):
+        q, k, v, do = (ringspan.shard(tensors[name], 2, layout="zigzag") for name in names)
+        for x in (q, k, v):
+            x.requires_grad_()
+        out, lse = ringspan.ring_attention(q, k, v, layout="zigzag", return_lse=True, **case.options)
+        out.backward(do)
+        return [
+            ringspan.unshard(x.detach(), 2, layout="zigzag")[0, 0]
+            for x in (out, lse[..., None], q.grad, k.grad, v.grad)
+        ]
+
+    out, lse, dq, dk, dv = (~x.isfinite().all(-1) for x in run_local(work, 3)[0])
+    for name, found, allowed in (
+        ("out", out, row_bad),
+        ("lse", lse, row_bad),
+        ("dq", dq, row_bad),
+        ("dk", dk, key_bad),
+        ("dv", dv, key_bad),
+    ):
+        assert not (found & ~allowed).any(), f"{name} is not finite where nothing bad is seen"
+    hit = {"q": out, "k": out, "v": out, "do": dq}[which]
+    assert hit[row_bad].any()
+    if bad != bad:
+        assert hit[row_bad].all()
+
+
+def test_a_query_that_sees_no_key_has_out_0_and_lse_minus_infinity():
+    def work(group):
+        q, k, v = torch.randn(3, 1, 2, 4, 8, requires_grad=True).unbind(0)
+        out, lse = ringspan.ring_attention(q, k[:, :, :0], v[:, :, :0], return_lse=True)
+        out.sum().backward()
+        assert not out.any() and lse.isneginf().all()
+
+    run_local(work, 3)
+
+
+def test_agreement_can_be_switched_off_where_all_lengths_are_equal():
+    case = Case(96, layout="striped", options=dict(causal=True, agreement=False))
+    assert_ring_is_exact(case, 4)
+
+
+def test_without_a_group_a_call_is_a_ring_of_one():
+    q, k, v = torch.randn(3, 1, 2, 33, 8).unbind(0)
+    out = ringspan.ring_attention(q, k, v, causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [0, 1, 10, 37])
+def test_unshard_undoes_shard_and_positions_name_the_tokens(tokens, layout):
+    full = torch.arange(2 * tokens * 3).view(2, tokens, 3)
+
+    def work(group):
+        mine = ringspan.shard(full, 1, layout=layout)
+        assert torch.equal(mine, full[:, ringspan.positions(tokens, layout=layout)])
+        return ringspan.unshard(mine, 1, layout=layout)
+
+    for num_ranks in (1, 2, 5):
+        for found in run_local(work, num_ranks):
+            assert torch.equal(found, full)
+
+
+def test_shard_and_unshard_differentiate_the_sum_of_all_ranks_losses():
+    def work(group):
+        x = torch.arange(10.0, requires_grad=True)
+        mine = ringspan.shard(x, 0, layout="zigzag")
+        whole = ringspan.unshard(mine, 0, layout="zigzag")
+        (whole * (group.rank() + 1)).sum().backward()
+        return x.grad
+
+    # Every rank's loss holds every token: 1 + 2 + 3 for each, and each rank's x feeds its own shard only.
+    assert torch.equal(torch.stack(run_local(work, 3)).sum(0), torch.full((10,), 6.0))
