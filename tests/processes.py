@@ -60,9 +60,7 @@ def results(endings: list[Ending]) -> list[Any]:
     return [ending.value for ending in endings]
 
 
-def _work(
-    pipe: Connection, fn: Callable, rank: int, num_ranks: int, store: str, timeout_s: float, args: tuple
-) -> None:
+def _work(pipe: Connection, fn: Callable, rank: int, num_ranks: int, store: str, timeout_s: float, args: tuple) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)

@@ -1,0 +1,129 @@
+"""The torch.distributed transport (gloo, processes): the behaviour suite, whole rings, groups within groups."""
+
+import gc
+import os
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import results, run_processes
+from transport_behaviour import BEHAVIOURS, NUM_RANKS
+from whole import Case, check, ring
+
+import ringspan
+from ringspan.transport.table import group_name, resolve
+
+
+def behave(rank, place):
+    BEHAVIOURS[place](resolve(group_name(None)))
+
+
+@pytest.mark.parametrize("place", range(len(BEHAVIOURS)), ids=[behaviour.__name__ for behaviour in BEHAVIOURS])
+def test_torch_dist(place):
+    results(run_processes(behave, NUM_RANKS, place))
+
+
+CASES = [
+    Case(129, 4, 2, layout=layout, options=options)
+    for layout in ("contiguous", "striped", "zigzag")
+    for options in ({}, dict(causal=True), dict(causal=True, window_size=(20, 0)), dict(cu_seqlens=[0, 40, 40, 129]))
+] + [
+    Case(2, layout="striped", options=dict(causal=True)),
+    Case(700, 4, 4, 64, layout="zigzag", dtype=torch.bfloat16, options=dict(causal=True)),  # not packed: K, V apart
+    Case(700, 8, 1, 64, batch=2, options=dict(causal=True)),
+    Case(30, 2, 2, keys=75),
+]
+
+
+def run_cases(rank):
+    return [ring(None, case) for case in CASES]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_rings_of_processes_are_exact_and_have_the_bits_of_rings_of_threads(num_ranks):
+    found = results(run_processes(run_cases, num_ranks))
+    for place, case in enumerate(CASES):
+        check(case, found[0][place])
+        for mine in found[1:]:
+            assert all(torch.equal(found[0][place][name], x) for name, x in mine[place].items())
+        threads = ringspan.run_local(ring, num_ranks, case)[0]
+        assert all(torch.equal(found[0][place][name], x) for name, x in threads.items())
+
+
+def groups_in_groups(rank):
+    """Two groups at once in one process, from two threads; a mesh's axes; and a group that leaves the caller out."""
+    case = Case(60, layout="zigzag", options=dict(causal=True))
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    found = [ring(mesh["cp"], case), ring(mesh["dp"].get_group(), case)]
+    both = [dist.new_group([0, 1, 2, 3]) for _ in range(2)]
+    at_once = [None, None]
+
+    def work(place):
+        at_once[place] = [ring(both[place], case) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for runs in at_once:
+        found += runs
+    pair = dist.new_group([1, 2])
+    q = torch.randn(1, 1, 4, 8)
+    if rank in (1, 2):
+        ringspan.ring_attention(q, q, q, group=pair)
+    else:
+        with pytest.raises(ValueError, match="does not contain this rank"):
+            ringspan.ring_attention(q, q, q, group=pair)
+    with pytest.raises(ValueError, match="1-D DeviceMesh"):
+        ringspan.ring_attention(q, q, q, group=mesh)
+    with pytest.raises(TypeError, match="group is not a group"):
+        ringspan.ring_attention(q, q, q, group="world")
+    with pytest.raises(ValueError, match="cannot serve this group"):
+        ringspan.ring_attention(q, q, q, transport="local")
+    return found
+
+
+def test_groups_within_groups_and_two_groups_at_once_do_not_mix():
+    case = Case(60, layout="zigzag", options=dict(causal=True))
+    for mine in results(run_processes(groups_in_groups, 4)):
+        for found in mine:
+            check(case, found)
+
+
+def spmd(rank):
+    from test_spmd import Spmd, both
+
+    groups = ((0, 3), (1, 2))
+    place = next(i for i, members in enumerate(groups) if rank in members)
+    case = Spmd(50, 2, h=3, causal=True, striped=True, seed=place)
+    return both(None, case, groups[place].index(rank), replica_groups=groups)
+
+
+def test_spmd_rings_run_side_by_side_on_one_process_group():
+    from test_spmd import Spmd
+
+    found = results(run_processes(spmd, 4))
+    for place, members in enumerate(((0, 3), (1, 2))):
+        Spmd(50, 2, h=3, causal=True, striped=True, seed=place).check([found[rank] for rank in members])
+
+
+def many_calls(rank):
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    case = Case(40, 2, 1, 8, layout="striped", options=dict(causal=True))
+    for _ in range(3):
+        ring(None, case)
+    before = open_files(), threading.active_count()
+    first = ring(None, case)
+    for _ in range(50):
+        again = ring(None, case)
+    gc.collect()
+    assert all(torch.equal(again[name], x) for name, x in first.items())
+    assert (open_files(), threading.active_count()) == before
+
+
+def test_many_calls_leave_no_file_and_no_thread_behind():
+    results(run_processes(many_calls, 3))
