@@ -42,7 +42,7 @@ class TorchOps:
             self._reference.absorb(state, q, k, v, visible, scale)
             return
         dtype = state.acc.dtype
-        for block, causal in _blocks(q, k, calls, dtype):
+        for block, causal in _blocks(q, k, calls, dtype, 1 + _copies(dtype, q), _copies(dtype, k, v)):
             inputs = (_ready(x, dtype) for x in (block.queries(q), block.keyed(k), block.keyed(v)))
             out, lse = _FLASH(*inputs, 0.0, causal, scale=scale)
             state.select(block.rows, block.heads, block.batch).merge_(out, lse)
@@ -67,7 +67,8 @@ class TorchOps:
             self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
             return
         dtype = dq.dtype
-        for block, causal in _blocks(q, k, calls, dtype):
+        row_sized, key_sized = 2 + _copies(dtype, q, do), 2 + _copies(dtype, k, v)
+        for block, causal in _blocks(q, k, calls, dtype, row_sized, key_sized):
             bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
             bk, bv = block.keyed(k), block.keyed(v)
             into_q, into_k, into_v = block.queries(dq), block.keyed(dk), block.keyed(dv)
@@ -88,27 +89,36 @@ def _corner(num_rows: int, num_keys: int, causal: bool) -> RowIntervals:
 
 
 def _finite(x: Tensor) -> bool:
-    # One pass without a mask in memory: the sum of finite numbers overflows only where x is near overflow.
-    return bool(torch.isfinite(x.sum(dtype=torch.float64)))
+    # One pass, without a copy or a mask in memory. Of no elements there is no largest one.
+    return x.numel() == 0 or bool(torch.isfinite(torch.linalg.vector_norm(x, torch.inf)))
 
 
 def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     """In the state's dtype, and with a last stride of 1, without which flash on the CPU is silently wrong."""
-    x = x.to(dtype)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x if _is_ready(x, dtype) else x.to(dtype, memory_format=torch.contiguous_format, copy=True)
+
+
+def _is_ready(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype == dtype and (x.stride(-1) == 1 or x.shape[-1] == 1)
+
+
+def _copies(dtype: torch.dtype, *tensors: Tensor) -> int:
+    return sum(not _is_ready(x, dtype) for x in tensors)
 
 
 def _stand_in_for_out(do: Tensor, delta: Tensor) -> Tensor | None:
     """An `out` for which flash's backward finds the given delta, since all it does with out is sum(do * out).
 
     do * (delta / |do|^2), whose sum with do has only terms of one sign, so that it is as exact as delta
-    itself. None where no such out exists (do = 0 with delta != 0, which only a gradient of lse makes).
+    itself; by way of do over its largest element, whose square neither overflows nor vanishes. None where no
+    such out exists (do = 0 with delta != 0, which only a gradient of lse makes).
     """
-    norm = (do * do).sum(-1)
-    factor = torch.where(delta == 0, 0.0, delta / norm)
-    if not bool(torch.isfinite(factor).all()):
-        return None
-    return do * factor.unsqueeze(-1)  # has do's strides, the last one 1
+    largest = torch.linalg.vector_norm(do, torch.inf, dim=-1)
+    largest = torch.where(largest == 0, 1.0, largest)
+    unit = do / largest.unsqueeze(-1)  # has do's strides, the last one 1
+    norm = torch.linalg.vector_norm(unit, dim=-1).square()
+    factor = torch.where(delta == 0, 0.0, delta / largest / norm)
+    return unit.mul_(factor.unsqueeze(-1)) if bool(torch.isfinite(factor).all()) else None
 
 
 Call = tuple[slice, slice, bool]  # rows, keys, whether causal from the corner
@@ -143,14 +153,18 @@ def _calls_of(piece: Piece) -> Iterator[Call]:
     yield piece.rows, slice(corner, corner + num_rows), True
 
 
-def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iterator[tuple[Block, bool]]:
-    """Flash calls whose widened inputs and outputs stay within the scratch bound."""
+def _blocks(
+    q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype, row_sized: int, key_sized: int
+) -> Iterator[tuple[Block, bool]]:
+    """Flash calls within the scratch bound, that allocate row_sized tensors like q and key_sized tensors like k."""
     dim = q.shape[-1]
 
     def scratch_elements(num_kv: int, group: int, num_rows: int, num_keys: int) -> int:
-        return num_kv * (3 * group * num_rows + 2 * num_keys) * dim
+        return num_kv * (row_sized * group * num_rows + key_sized * num_keys) * dim
 
-    budget = SCRATCH_BYTES // dtype.itemsize
+    # Flash itself takes up to two blocks of 256 x 512 scores a thread.
+    whole_budget = SCRATCH_BYTES // dtype.itemsize
+    budget = max(whole_budget - torch.get_num_threads() * 2 * 256 * 512, whole_budget // 4)
     num_batch, num_heads, num_kv = q.shape[0], q.shape[1], k.shape[1]
     for rows, keys, causal in calls:
         num_rows, num_keys = rows.stop - rows.start, keys.stop - keys.start
@@ -158,7 +172,7 @@ def _blocks(q: Tensor, k: Tensor, calls: list[Call], dtype: torch.dtype) -> Iter
             yield Block(slice(0, num_batch), slice(0, num_kv), slice(0, num_heads), rows, keys), causal
             continue
         whole = _corner(num_rows, num_keys, causal)
-        for block in blocks(q[:, :, rows], k[:, :, keys], whole, scratch_elements, budget, smallest=256):
+        for block in blocks(q[:, :, rows], k[:, :, keys], whole, scratch_elements, budget, smallest=16):
             part = whole.block(block.rows, block.keys)
             yield from _moved(block, part, rows.start, keys.start)
 

@@ -1,0 +1,43 @@
+"""What a call takes beyond its inputs and outputs: two K/V shards, the float32 state, and one tile's scratch."""
+
+import pytest
+import torch
+from processes import results, run_processes
+
+import ringspan
+from ringspan.kernels.contract import SCRATCH_BYTES
+
+MIB = 1 << 20
+# Page tables, thread stacks, allocator slack: what a warmed-up process still takes for nothing in particular.
+SLACK = 6 * MIB
+
+
+def status_bytes(field):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak_of_a_call(rank, num_ranks, layout, dtype, kernel):
+    """Peak of this process during one call, over what it held before the call."""
+    q, k, v = (torch.randn(1, 4, 4096, 128).to(dtype) for _ in range(3))
+    small = q[:, :, :64].contiguous()
+    for _ in range(2):
+        ringspan.ring_attention(small, small, small, causal=True, layout=layout, kernel=kernel)
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # resets the high-water mark
+    before = status_bytes("VmRSS")
+    out = ringspan.ring_attention(q, k, v, causal=True, layout=layout, kernel=kernel)
+    return status_bytes("VmHWM") - before, out.numel() * out.element_size()
+
+
+@pytest.mark.parametrize("layout", ["striped", "zigzag"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_a_worker_does_not_grow_with_the_ring(layout, dtype):
+    shard = 4 * 4096 * 128 * dtype.itemsize
+    state = 4 * 4096 * (128 + 2) * 4
+    bound = 2 * (2 * shard) + state + SCRATCH_BYTES + SLACK
+    for num_ranks in (1, 2, 4):
+        found = results(run_processes(peak_of_a_call, num_ranks, num_ranks, layout, dtype, "auto"))
+        beyond = [peak - out for peak, out in found]
+        assert max(beyond) <= bound, f"{[x / MIB for x in beyond]} MiB, bound {bound / MIB} MiB, {num_ranks} ranks"
+        print(num_ranks, [x / MIB for x in beyond], bound / MIB)
