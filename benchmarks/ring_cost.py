@@ -1,6 +1,6 @@
 """What the ring itself costs: run_local with 2 workers against one torch call over the whole sequence.
 
-    python benchmarks/ring_cost.py [--kernel torch_ops] [--tokens 8192] [--pairs 15]
+python benchmarks/ring_cost.py [--kernel torch_ops] [--tokens 8192] [--pairs 15]
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     print(machine())
-    print(f"{args.workers} workers, {args.threads} threads in all, {args.tokens} tokens x {args.heads} x {args.head_dim}")
+    size = f"{args.tokens} tokens x {args.heads} x {args.head_dim}"
+    print(f"{args.workers} workers, {args.threads} threads in all, {size}")
     print("float32, forward; speed against one scaled_dot_product_attention call: median (quartiles)")
     for causal, layout in ((False, "contiguous"), (True, "contiguous"), (True, "striped"), (True, "zigzag")):
         print(f"{'causal' if causal else 'full':7} {layout:11} {compare(args, causal, layout)}", flush=True)
@@ -35,9 +36,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace, causal: bool, layout: str):
     q, k, v = torch.randn(3, 1, args.heads, args.tokens, args.head_dim).unbind(0)
-    places = [
-        run_local(lambda group, x=x: ringspan.shard(x, 2, layout=layout), args.workers) for x in (q, k, v)
-    ]
+    places = [run_local(lambda group, x=x: ringspan.shard(x, 2, layout=layout), args.workers) for x in (q, k, v)]
 
     def ring():
         def work(group):
@@ -50,9 +49,7 @@ def compare(args: argparse.Namespace, causal: bool, layout: str):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
     found = torch.cat(ring(), 2)
-    order = torch.cat(
-        run_local(lambda group: ringspan.positions(args.tokens, layout=layout), args.workers)
-    )
+    order = torch.cat(run_local(lambda group: ringspan.positions(args.tokens, layout=layout), args.workers))
     torch.testing.assert_close(found, whole()[:, :, order], rtol=1e-4, atol=1e-5)
     return interleaved(ring, whole, args.pairs)
 

@@ -109,8 +109,8 @@ def test_lengths_that_no_zigzag_or_stripe_has_are_refused_on_every_rank():
     def work(group, layout):
         with pytest.raises(ringspan.LayoutError, match="takes only the shard lengths of its own rule"):
             ringspan.ring_attention(*shards(tokens=8 + 3 * group.rank()), layout=layout)
+        q, k, v = shards()
         with pytest.raises(ValueError, match="unequal lengths"):
-            q, k, v = shards()
             ringspan.ring_attention(q[:, :, 1:], k, v, causal=True)
         with pytest.raises(ValueError, match="cu_seqlens must end at"):
             ringspan.ring_attention(*shards(), cu_seqlens=[0, 23])
@@ -235,6 +235,19 @@ def test_a_worker_thread_that_raises_stops_the_others_and_comes_out_as_worker_er
         run_local(work, 3, timeout=30)
     assert isinstance(caught.value.__cause__, KeyError)
     assert len(stopped) == 2 and all("rank 1 failed first" in text for text in stopped)
+
+
+def test_a_failure_inside_of_a_call_in_a_thread_comes_out_with_its_cause(monkeypatch):
+    from ringspan.kernels.table import KERNELS
+
+    def fail(*args):
+        raise MemoryError("no room for this tile")
+
+    for kernel in KERNELS:
+        monkeypatch.setattr(kernel, "absorb", fail)
+    with pytest.raises(ringspan.WorkerError, match="MemoryError: no room for this tile") as caught:
+        run_local(lambda group: ringspan.ring_attention(*shards()), 2, timeout=30)
+    assert isinstance(caught.value.__cause__, MemoryError)
 
 
 def test_a_worker_thread_that_never_comes_is_named_when_the_timeout_has_passed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -16,13 +16,27 @@ from ringspan.layout import split
 from ringspan.transport.table import group_name, resolve
 
 
-@overload
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Any) -> Tensor: ...
+class _Options(TypedDict, total=False):
+    group: Any
+    causal: bool
+    window_size: tuple[int, int]
+    cu_seqlens: Sequence[int] | Tensor | None
+    layout: str
+    softmax_scale: float | None
+    kernel: str
+    transport: str
+    agreement: bool
 
 
 @overload
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Any
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+
+
+@overload
+def ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 

@@ -154,7 +154,7 @@ def running(transport: Transport):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     except BaseException as error:
-        transport.fail(f"{type(error).__name__}: {error}")
+        transport.fail(error)
         raise
 
 

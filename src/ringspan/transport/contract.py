@@ -95,5 +95,5 @@ class Transport(ABC):
         """The channel of a ring of these ranks of the group, the caller among them."""
 
     @abstractmethod
-    def fail(self, reason: str) -> None:
+    def fail(self, error: BaseException) -> None:
         """This rank gives up in the middle of a call: the others are told and raise; the group is done for."""

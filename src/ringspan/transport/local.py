@@ -188,7 +188,7 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
+        self.permits = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
         self.failure: tuple[int | None, BaseException] | None = None
         self.agreements: dict[int, _Rendezvous] = {}
         self.lock = threading.Lock()
@@ -276,8 +276,8 @@ class LocalTransport(Transport):
     def channel(self, call: int, members: Sequence[int]) -> Channel:
         return _LocalChannel(self._board, call, tuple(members), self.rank)
 
-    def fail(self, reason: str) -> None:
-        self._board.fail(self.rank, RankFailedError(reason))
+    def fail(self, error: BaseException) -> None:
+        self._board.fail(self.rank, error)
 
 
 def _missing(meeting: _Rendezvous) -> str:

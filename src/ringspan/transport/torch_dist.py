@@ -40,13 +40,15 @@ _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
 
 _transports: weakref.WeakKeyDictionary[Any, TorchDistTransport] = weakref.WeakKeyDictionary()
+_transports_lock = threading.Lock()
 
 
 def transport_of(group: dist.ProcessGroup) -> TorchDistTransport:
     """This rank's one transport of a process group."""
-    if group not in _transports:
-        _transports[group] = TorchDistTransport(group)
-    return _transports[group]
+    with _transports_lock:
+        if group not in _transports:
+            _transports[group] = TorchDistTransport(group)
+        return _transports[group]
 
 
 class TorchDistTransport(Transport):
@@ -96,7 +98,8 @@ class TorchDistTransport(Transport):
     def channel(self, call: int, members: Sequence[int]) -> Channel:
         return _DistChannel(self, call, tuple(members))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, error: BaseException) -> None:
+        reason = f"{type(error).__name__}: {error}"
         self._failure = self._failure or f"rank {self.rank}: {reason}"
         self._bulletin.report(self.rank, reason)
 
