@@ -6,7 +6,9 @@ contract gives wrong or surprising results without a word, these refuse or are r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from ringspan import arrays, call
 from ringspan.arrays import Array
 from ringspan.call import Options, Ring
 from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
+from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
 from ringspan.transport.contract import Transport
 from ringspan.transport.table import group_name, resolve
@@ -132,7 +135,8 @@ def _backward(
         ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
     except RingspanError as refusal:
         call.refuse(transport, refusal)
-    with torch.no_grad():
+    # Without a launch, lnc_size says how many cores; the default 1 leaves a plain call all that the worker has.
+    with torch.no_grad(), limited_to(lnc_size) if lnc_size > 1 else nullcontext():
         grads = call.backward(transport, dy, None, (q, k, v, out, lse), options, ring)
         dq, dk, dv = (arrays.from_torch(grad.mT, kind) for grad in grads)
         return dq, dk, dv
@@ -144,25 +148,31 @@ class _Entry:
     Results have the same bits for every lnc. Which kernels honour it, `ringspan doctor` says.
     """
 
-    def __init__(self, function) -> None:
+    def __init__(self, name: str, function: Callable) -> None:
         self._function = function
         self.__doc__ = function.__doc__
-        self.__name__ = self.__qualname__ = f"ring_attention_spmd{'_fwd' if function is _forward else '_bwd'}"
+        self.__name__ = self.__qualname__ = name
         self.__wrapped__ = function  # so that inspect.signature and help() show the arguments
 
     def __call__(self, *args, **kwargs):
         return self._function(*args, **kwargs)
 
-    def __getitem__(self, lnc: int):
+    def __getitem__(self, lnc: int) -> Callable:
         _check_cores("lnc", lnc)
-        return self._function
+
+        @functools.wraps(self._function)
+        def launched(*args, **kwargs):
+            with limited_to(lnc):
+                return self._function(*args, **kwargs)
+
+        return launched
 
     def __repr__(self) -> str:
         return f"<{self.__name__}>"
 
 
-ring_attention_spmd_fwd = _Entry(_forward)
-ring_attention_spmd_bwd = _Entry(_backward)
+ring_attention_spmd_fwd = _Entry("ring_attention_spmd_fwd", _forward)
+ring_attention_spmd_bwd = _Entry("ring_attention_spmd_bwd", _backward)
 
 
 def _world() -> Transport:

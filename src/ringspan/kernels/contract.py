@@ -37,6 +37,7 @@ class Kernel(Protocol):
     """
 
     name: str
+    sets_threads: bool  # whether it computes with kernels.threads.num_threads() threads
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
         """Why this kernel cannot serve such tensors here, or None if it can."""

@@ -21,6 +21,7 @@ _ROW_SIZED = 6  # the same of the size of its rows or keys times D
 
 class Reference:
     name = "reference"
+    sets_threads = False  # torch's own setting decides
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
         return None

@@ -26,6 +26,7 @@ _FEWEST_ROWS = 16  # pieces with fewer rows than this, on average, cost more as 
 
 class TorchOps:
     name = "torch_ops"
+    sets_threads = False  # torch's own setting decides
 
     def __init__(self) -> None:
         self._reference = Reference()
@@ -44,8 +45,8 @@ class TorchOps:
         dtype = state.acc.dtype
         for block, causal in _blocks(q, k, calls, dtype, 1 + _copies(dtype, q), _copies(dtype, k, v)):
             inputs = (_ready(x, dtype) for x in (block.queries(q), block.keyed(k), block.keyed(v)))
-            out, lse = _FLASH(*inputs, 0.0, causal, scale=scale)
-            state.select(block.rows, block.heads, block.batch).merge_(out, lse)
+            # No name for the result: it would live on beside the next block's.
+            state.select(block.rows, block.heads, block.batch).merge_(*_FLASH(*inputs, 0.0, causal, scale=scale))
 
     def absorb_gradient(
         self,
@@ -69,18 +70,32 @@ class TorchOps:
         dtype = dq.dtype
         row_sized, key_sized = 2 + _copies(dtype, q, do), 2 + _copies(dtype, k, v)
         for block, causal in _blocks(q, k, calls, dtype, row_sized, key_sized):
-            bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
-            bk, bv = block.keyed(k), block.keyed(v)
-            into_q, into_k, into_v = block.queries(dq), block.keyed(dk), block.keyed(dv)
-            bq, bk, bv, bdo = (_ready(x, dtype) for x in (bq, bk, bv, bdo))
-            out = _stand_in_for_out(bdo, bdelta)
-            if out is None:
-                part = _corner(bq.shape[2], bk.shape[2], causal)
-                self._reference.absorb_gradient(into_q, into_k, into_v, bq, bk, bv, bdo, blse, bdelta, part, scale)
-                continue
-            parts = _FLASH_BACKWARD(bdo, bq, bk, bv, out, blse, 0.0, causal, scale=scale)
-            for target, part in zip((into_q, into_k, into_v), parts, strict=True):
-                target.add_(part)
+            into = (block.queries(dq), block.keyed(dk), block.keyed(dv))
+            rows = (block.queries(x) for x in (q, do, lse, delta))
+            self._add_gradient(into, *rows, block.keyed(k), block.keyed(v), causal, scale)
+
+    def _add_gradient(
+        self,
+        into: tuple[Tensor, Tensor, Tensor],
+        q: Tensor,
+        do: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        k: Tensor,
+        v: Tensor,
+        causal: bool,
+        scale: float,
+    ) -> None:
+        """One call of flash's backward; a function of its own, so that its tensors die before the next one's."""
+        q, k, v, do = (_ready(x, into[0].dtype) for x in (q, k, v, do))
+        out = _stand_in_for_out(do, delta)
+        if out is None:
+            part = _corner(q.shape[2], k.shape[2], causal)
+            self._reference.absorb_gradient(*into, q, k, v, do, lse, delta, part, scale)
+            return
+        parts = _FLASH_BACKWARD(do, q, k, v, out, lse, 0.0, causal, scale=scale)
+        for target, part in zip(into, parts, strict=True):
+            target.add_(part)
 
 
 def _corner(num_rows: int, num_keys: int, causal: bool) -> RowIntervals:
