@@ -232,7 +232,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "layout": options.layout,
-        "window_size and causal": [options.left, options.right],
+        "causal and window_size, as (left, right)": [options.left, options.right],
         "cu_seqlens": documents,
         "softmax_scale": options.scale,
         "kernel": options.kernel,

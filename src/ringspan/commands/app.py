@@ -107,9 +107,7 @@ def attend(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=1, metavar="N", help="How many (default: 4; under torchrun, those it started).", rich_help_panel=_RUN
-        ),
+        typer.Option(min=1, metavar="N", help="How many (default: 4; under torchrun: all).", rich_help_panel=_RUN),
     ] = None,
     transport: Annotated[
         str,
@@ -148,7 +146,7 @@ def attend(
     heads: Annotated[int, typer.Option(min=1, metavar="N", help="Query heads.", rich_help_panel=_RANDOM)] = 8,
     kv_heads: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Key/value heads (default: as many).", rich_help_panel=_RANDOM),
+        typer.Option(min=1, metavar="N", help="Key/value heads (default: --heads).", rich_help_panel=_RANDOM),
     ] = None,
     head_dim: Annotated[
         int, typer.Option(min=1, metavar="N", help="Length of one head's vectors.", rich_help_panel=_RANDOM)

@@ -88,7 +88,7 @@ def _cell(root: ElementTree.Element, grid: _Grid, rank: int, step: int, cell: Ce
     _rect(root, x, y, width, height, fill=_PAPER, rx=4)
     _rect(root, x, y, width, height, fill=colour, fill_opacity=0.08 + 0.8 * cell.share, stroke=colour, rx=4)
     if grid.wordy:
-        ink = "white" if cell.share > 0.6 else _INK
+        ink = "white" if cell.share > 0.8 else _INK
         _text(root, x + width / 2, y + height / 2 - 2, f"shard {cell.shard}", anchor="middle", fill=ink, weight="bold")
         _text(root, x + width / 2, y + height / 2 + 14, f"{cell.share:.0%}", size=11, anchor="middle", fill=ink)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -18,13 +19,27 @@ _SHADES = "░▒▓█"
 _COLOURS = ("blue", "green", "yellow", "magenta", "cyan", "red", "bright_blue", "bright_green")
 
 
+@dataclass(frozen=True)
+class _Detail:
+    """How much of a cell is shown: the length of its bar, what stands between its parts, and which parts."""
+
+    bar: int
+    space: str = ""
+    shard: bool = True
+    hops: bool = True
+    columns: bool = True  # each step in a column of its own
+
+
+_DETAILS = (_Detail(3, " "), _Detail(1), _Detail(1, hops=False), _Detail(1, shard=False, hops=False, columns=False))
+
+
 def terminal(shown: Scene, console: Console) -> Group:
     """The picture, in as much detail as the console is wide."""
-    tables = (_table(shown, draw) for draw in (_full, _short, None))
-    for table in tables:  # the last one is taken where none fits
+    for detail in _DETAILS:  # the last one is taken where none fits
+        table = _table(shown, detail)
         if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
             break
-    return Group(Text(f"{shown.title}: {shown.travelling}", style="bold"), table, *_legend(shown))
+    return Group(Text(f"{shown.title}: {shown.travelling}", style="bold"), table, *_legend(shown, detail))
 
 
 def compact(number: float) -> str:
@@ -34,50 +49,40 @@ def compact(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _table(shown: Scene, draw: Callable[[Cell], Text] | None) -> Table:
-    """draw: makes a cell of its own of each step; None: all steps of a rank in one, a character each."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1) if draw is _full else (0, 1, 0, 0),
-        pad_edge=False,
-    )
+def _table(shown: Scene, detail: _Detail) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0) if detail.columns else (0, 1, 0, 0), pad_edge=False)
     table.add_column("rank", justify="right", no_wrap=True)
-    headers = [f"step {step}" if draw is _full else str(step) for step in range(shown.num_steps)]
-    for header in headers if draw else [f"steps 0 to {shown.num_steps - 1}"]:
+    headers = [f"step {step}" if detail.space else str(step) for step in range(shown.num_steps)]
+    for header in headers if detail.columns else [f"steps 0 to {shown.num_steps - 1}"]:
         table.add_column(header, no_wrap=True)
     for header in ("pairs", "of mean", "sends"):
         table.add_column(header, justify="right", no_wrap=True)
     for rank in range(shown.num_ranks):
-        cells = [shown.cells.get((rank, step)) for step in range(shown.num_steps)]
-        drawn = [_idle() if cell is None else (draw or _tiny)(cell) for cell in cells]
+        cells = [_drawn(shown.cells.get((rank, step)), detail) for step in range(shown.num_steps)]
         totals = (compact(shown.pairs(rank)), f"{shown.load(rank):.2f}", str(shown.num_sends(rank)))
-        table.add_row(str(rank), *(drawn if draw else [Text.assemble(*drawn)]), *totals)
+        table.add_row(str(rank), *(cells if detail.columns else [Text.assemble(*cells)]), *totals)
     return table
 
 
-def _full(cell: Cell) -> Text:
+def _drawn(cell: Cell | None, detail: _Detail) -> Text:
     """▒▒▒ 3 →1: half of the pairs with shard 3 are visible; it goes on to rank 1."""
-    text = _bar(cell, 3)
-    text.append(f" {cell.shard}" if cell.pairs else "")
-    for hop in cell.sends:
-        text.append(f" →{hop.peer}" if hop.shard == cell.shard else f" {hop.shard}→{hop.peer}", style="dim")
-    if cell.ride is not None:
-        text.append(" ⇢home" if cell.ride.peer == cell.ride.shard else f" ⇢{cell.ride.peer}", style="dim")
-    if cell.comes_home:
-        text.append(" ⇠", style="dim")
+    if cell is None:
+        return Text("·", style="dim")
+    text = _bar(cell, detail.bar)
+    if detail.shard and cell.pairs:
+        text.append(f"{detail.space}{cell.shard}")
+    for arrow in _arrows(cell) if detail.hops else ():
+        text.append(detail.space + arrow, style="dim")
     return text
 
 
-def _short(cell: Cell) -> Text:
-    return _bar(cell, 1).append(str(cell.shard) if cell.pairs else "")
-
-
-def _tiny(cell: Cell) -> Text:
-    return _bar(cell, 1)
-
-
-def _idle() -> Text:
-    return Text("·", style="dim")
+def _arrows(cell: Cell) -> Iterator[str]:
+    for hop in cell.sends:
+        yield f"→{hop.peer}" if hop.shard == cell.shard else f" {hop.shard}→{hop.peer}"
+    if cell.ride is not None:
+        yield "⇢home" if cell.ride.peer == cell.ride.shard else f"⇢{cell.ride.peer}"
+    if cell.comes_home:
+        yield "⇠"
 
 
 def _bar(cell: Cell, length: int) -> Text:
@@ -86,12 +91,12 @@ def _bar(cell: Cell, length: int) -> Text:
     return Text(shade * length, style=_COLOURS[cell.shard % len(_COLOURS)])
 
 
-def _legend(shown: Scene) -> Iterator[Text]:
-    shares = ("a quarter", "half", "three quarters", "all")
-    shades = "  ".join(f"{shade} {share}" for shade, share in zip(_SHADES, shares, strict=True))
-    yield Text(f"shade   visible pairs of the rank's shard and the visiting one: {shades}")
-    yield Text("number  the visiting shard;  → it goes on to that rank, while the step computes;  · idle")
-    if any(cell.ride for cell in shown.cells.values()):
+def _legend(shown: Scene, detail: _Detail) -> Iterator[Text]:
+    shades = "  ".join(f"{shade} {share}" for shade, share in zip(_SHADES, ("1/4", "1/2", "3/4", "all"), strict=True))
+    yield Text(f"shade   visible pairs of the rank's shard and the visiting one: {shades}  · idle")
+    if detail.shard:
+        yield Text("number  the visiting shard" + (";  → it is sent on while the step computes" if detail.hops else ""))
+    if detail.hops and any(cell.ride for cell in shown.cells.values()):
         yield Text("        ⇢ its gradient goes to that rank, or home;  ⇠ a gradient comes home")
     yield Text(
         f"in all  {compact(shown.mean_pairs * shown.num_ranks)} visible pairs a head in {shown.num_tiles} tiles; "

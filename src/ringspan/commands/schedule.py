@@ -94,7 +94,7 @@ def scene(asked: Asked, num_workers: int, num_tokens: int, backward: Travels | N
     title = f"{asked.layout}, {_short(mask, asked)}, {num_tokens:,} tokens, {num_workers} workers"
     travelling = "keys and values travel" if travels == "keys" else "queries travel"
     if backward:
-        title, travelling = f"{title}, backward", f"{travelling}, their gradients ride along"
+        title, travelling = f"{title}, backward", f"{travelling}, with their gradients"
     return Scene(title, travelling, num_workers, num_workers + (backward is not None), cells)
 
 
