@@ -135,7 +135,7 @@ def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: str | None 
 def _tell(name: str, values: Sequence[Any], ranks: Sequence[int]) -> str:
     by_value: dict[str, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
-        by_value.setdefault(json.dumps(value), []).append(rank)
+        by_value.setdefault(repr(value), []).append(rank)
     told = "; ".join(f"{value} on {_ranks(held)}" for value, held in by_value.items())
     return explain(f"the ranks disagree on {name}.", got=told, fix="pass the same on every rank of the ring")
 
