@@ -16,17 +16,20 @@ class ScheduleError(AssertionError):
     """A schedule that computes wrongly, waits for what never comes, or moves what nobody uses."""
 
 
-def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layout) -> None:
+def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layout, rides: bool = False) -> None:
     """Raise ScheduleError unless all ranks' schedules of one pass together are right.
 
     Every visible pair is computed exactly once and no invisible one; every shard is there before it is used and
     is used at the step it was sent for; both ends of each hop agree; no rank holds more than two visiting shards
-    (the one in use and the one arriving); and, where gradients ride, each part reaches its owner exactly once.
+    (the one in use and the one arriving); and with `rides`, the backward, each gradient reaches its owner once.
     """
     _check_pairs(schedules, mask, queries, keys)
     _check_hops(schedules)
-    if any(step.ride_send or step.ride_receive for plan in schedules for step in plan.steps):
+    if rides:
         _check_rides(schedules)
+    else:
+        riding = any(step.ride_send or step.ride_receive for plan in schedules for step in plan.steps)
+        _require(not riding, "gradients ride in a forward")
 
 
 def _require(truth: bool, message: str) -> None:
@@ -126,6 +129,11 @@ def _check_rides(schedules: Sequence[Schedule]) -> None:
                 else:
                     _require(hop.shard == step.shard and bool(step.tiles), f"{hop} comes to no work")
                     part += arrived
+            leaving = step.ride_send
+            _require(
+                leaving is None or bool(index and step.tiles and leaving.shard == step.shard),
+                f"rank {plan.rank} step {index} sends a gradient that it does not have: {leaving}",
+            )
             if index == 0:
                 home[plan.rank] += part
             elif step.tiles:
