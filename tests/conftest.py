@@ -16,7 +16,10 @@ settings.load_profile("steady")
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory is NaN, so that whoever reads what nobody wrote shows it; and every test has the same seed."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,6 +1,6 @@
 """Attention straight from its formulas, over the whole score matrix: what every test here compares with.
 
-    s_ij = scale * q_i . k_j          lse_i = log sum_j e^s_ij          p_ij = e^(s_ij - lse_i)          out_i = sum_j p_ij v_j
+    s_ij = scale * q_i . k_j       lse_i = log sum_j e^s_ij       p_ij = e^(s_ij - lse_i)       out_i = sum_j p_ij v_j
     delta_i = do_i . out_i - dlse_i   ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij do_i
 
@@ -42,7 +42,9 @@ def seen_by_intervals(visible: RowIntervals) -> Tensor:
     return torch.from_numpy(seen)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, dtype=torch.float64) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, dtype=torch.float64
+) -> tuple[Tensor, Tensor]:
     """(out [B, H, T, D], lse [B, H, T])."""
     q, k, v = (x.to(dtype) for x in _expanded(q, k, v))
     weights, lse = _weights(q, k, seen, scale)
@@ -117,13 +119,13 @@ def bounds_of_gradients(
 ) -> tuple[float, float, float]:
     """Largest ||error|| of dq, dk, dv: twice that of the plain formulas in the state's dtype, with two floors.
 
-    One unit of rounding of every term, for sums so short that the plain formulas may round luckily; and 1e-12 of the
+    Two units of rounding of every term, for sums so short that the plain formulas may round luckily; and 1e-12 of the
     terms for float64, where the plain formulas are the definition itself.
     """
     dtype = state_dtype(q.dtype)
     exact = gradients(q, k, v, do, dlse, seen, scale)
     plain = gradients(q, k, v, do, dlse, seen, scale, dtype)
-    floor = max(torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(q, k, v, do, dlse, seen, scale))
+    floor = max(2 * torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(q, k, v, do, dlse, seen, scale))
     errors = torch.stack([torch.linalg.vector_norm(a.double() - b) for a, b in zip(plain, exact, strict=True)])
     return tuple(torch.maximum(2 * errors, floor).tolist())
 

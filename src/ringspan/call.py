@@ -17,7 +17,6 @@ from typing import NoReturn
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from ringspan import execute
 from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, unchecked
@@ -179,7 +178,7 @@ class _Decided:
 
 
 def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor) -> _Decided:
-    mask = _mask(agreed, options)
+    mask = mask_of(sum(agreed.query_lengths), sum(agreed.key_lengths), channel.size, options)
     queries, keys = (from_lengths(options.layout, lengths) for lengths in (agreed.query_lengths, agreed.key_lengths))
     problem = Problem(
         mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], q.element_size(), state_dtype(q.dtype).itemsize
@@ -189,16 +188,15 @@ def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Te
     return _Decided(problem, queries, keys, kernel, scale, channel.rank)
 
 
-def _mask(agreed: Agreed, options: Options) -> Mask:
+def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -> Mask:
     """The mask of the whole sequence; refuses what has no meaning for its lengths."""
-    num_queries, num_keys = sum(agreed.query_lengths), sum(agreed.key_lengths)
     mask = Mask(num_queries, num_keys, options.left, options.right, options.cu_seqlens)
     if num_queries != num_keys and (options.layout != "contiguous" or not mask.sees_all):
         what = f"layout={options.layout!r}" if mask.sees_all else "causal, window_size and cu_seqlens"
         raise LayoutError(
             explain(
                 f"{what} cannot be used with cross attention of unequal lengths.",
-                got=f"q: {num_queries} tokens, k: {num_keys} tokens over {len(agreed.key_lengths)} ranks",
+                got=f"q: {num_queries} tokens, k: {num_keys} tokens over {num_ranks} ranks",
                 fix='layout="contiguous" without a mask',
             )
         )
@@ -277,7 +275,8 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
-    if isinstance(x, DTensor):
+    # By name: importing torch.distributed.tensor takes half a second.
+    if type(x).__name__ == "DTensor":
         raise ArgumentTypeError(
             explain(f"{name} must be this rank's own shard.", got="a DTensor", fix=f"pass {name}.to_local()")
         )

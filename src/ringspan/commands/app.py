@@ -171,16 +171,16 @@ def attend(
         rest = {"with_lse": lse, "compare": compare, "timeout_s": timeout}
         return plan(source(), asked, num_workers, processes, out, **rest)
 
-    _end(lambda: _attend(planned, workers, transport))
+    _end(lambda: _attend(planned, workers, transport, timeout))
 
 
-def _attend(planned: Callable[[int, bool], Job], workers: int | None, transport: str) -> Exit:
+def _attend(planned: Callable[[int, bool], Job], workers: int | None, transport: str, timeout_s: float) -> Exit:
     if transport not in TRANSPORTS[1:]:
         known = ", ".join(TRANSPORTS[1:])
         raise ArgumentError(explain("--transport is unknown.", got=repr(transport), fix=f"one of {known}"))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_against_torchrun(workers, transport, int(os.environ["WORLD_SIZE"]))
-        return worker_processes.run_under_torchrun(lambda size: planned(size, True))
+        return worker_processes.run_under_torchrun(lambda size: planned(size, True), timeout_s)
     job = planned(workers or 4, transport == "torch_dist")
     refuse_unwritable(job)
     return worker_processes.run_local_processes(job) if job.processes else attend_job.run_in_threads(job)

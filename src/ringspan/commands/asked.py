@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ringspan.agreement import Agreed
-from ringspan.call import Options, _mask, normalised_options
+from ringspan.call import Options, mask_of, normalised_options
 from ringspan.errors import ArgumentError, explain
 from ringspan.problem import UNBOUNDED, Mask
 
@@ -35,9 +34,9 @@ class Asked:
     def options(self) -> Options:
         return normalised_options(**vars(self), agreement=True, gradients="")
 
-    def mask(self, num_queries: int, num_keys: int) -> Mask:
+    def mask(self, num_queries: int, num_keys: int, num_workers: int = 1) -> Mask:
         """The mask of the whole sequence, or the refusal of one that has no meaning for its lengths."""
-        return _mask(Agreed((num_queries,), (num_keys,), 0), self.options())
+        return mask_of(num_queries, num_keys, num_workers, self.options())
 
     def mask_in_words(self) -> str:
         left, right = self.window_size

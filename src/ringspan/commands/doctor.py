@@ -38,7 +38,7 @@ def run() -> Exit:
 
 
 def _table(title: str, *headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", min_width=72)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", min_width=84)
     for header in headers:
         table.add_column(header, no_wrap=header != headers[-1])
     table.show_header = bool(headers[0])
@@ -76,11 +76,17 @@ def _kernels() -> Table:
     if torch.cuda.is_available():
         probes += [(dtype, torch.device("cuda")) for dtype in (torch.float32, torch.bfloat16)]
     names = [f"{device.type} {str(dtype).removeprefix('torch.')}" for dtype, device in probes]
-    table = _table("kernels, in the order in which kernel='auto' asks them", "name", *names, "why not")
+    table = _table(
+        "kernels, as kernel='auto' asks them; [lnc]: whether a launch sets the threads",
+        "name",
+        *names,
+        "[lnc]",
+        "why not",
+    )
     for kernel in KERNELS:
         reasons = [kernel.declines(dtype, device, _HEAD_DIM) for dtype, device in probes]
         declined = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
-        table.add_row(kernel.name, *(_mark(reason is None) for reason in reasons), declined)
+        table.add_row(kernel.name, *(_mark(not reason) for reason in reasons), _mark(kernel.sets_threads), declined)
     return table
 
 

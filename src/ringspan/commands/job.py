@@ -37,7 +37,7 @@ class Job:
 
     @property
     def mask(self) -> Mask:
-        return self.asked.mask(self.source.shapes["q"][2], self.source.shapes["k"][2])
+        return self.asked.mask(self.source.shapes["q"][2], self.source.shapes["k"][2], self.num_workers)
 
     @property
     def problem(self) -> Problem:
@@ -66,7 +66,7 @@ class Spent:
 
 def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: Path | None, **rest) -> Job:
     """The job, once everything that can be refused beforehand has been looked at. Computes nothing."""
-    part = None if out is None else out.with_name(f".{out.name}.{secrets.token_hex(4)}.part")
+    part = None if out is None else out.parent / f".{out.name}.{secrets.token_hex(4)}.part"
     job = Job(source, asked, num_workers, processes, out, part, **rest)
     kernel_table.choose(asked.kernel, source.dtype, torch.device("cpu"), source.shapes["q"][3])
     mask = job.mask

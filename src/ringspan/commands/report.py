@@ -26,7 +26,7 @@ _WIDTH = 100  # where the output is no terminal
 
 def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _WIDTH)
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False, width=None if stream.isatty() else _WIDTH)
 
 
 def complain(text: str) -> None:
@@ -95,7 +95,7 @@ def show(
         ("waiting", _shares([one.wait_s / seconds for one in spent]) + " for transfers"),
         ("peak memory", _memory(job, spent, peak_bytes)),
         ("error", _error(verdict)),
-        *((("torch alone", _plain(plain, seconds)),) if plain else ()),
+        *((("plain torch", _plain(plain, seconds)),) if plain else ()),
         *((("written", _written(job) if verdict.passed else Text("nothing", style="red")),) if job.out else ()),
     ):
         table.add_row(name, value)
@@ -136,11 +136,10 @@ def _spread(ascending: list[str]) -> str:
 def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
     peaks = sorted(one.peak_bytes for one in spent if one.peak_bytes is not None)
     if not peaks:
-        told = "not measured on this system" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs,"
-        return f"{told} all workers together"
+        return "not measured" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs, all workers together"
     shards, state, scratch = _mib(2 * _kv_bytes(job)), _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
-    parts = f"two K/V shards {shards}, state and out {state}, scratch up to {scratch}"
-    return f"{_spread([_mib(peak) for peak in peaks])} MiB a worker beyond inputs ({parts})"
+    parts = f"2 K/V shards {shards}, state and out {state}, scratch <= {scratch}"
+    return f"{_spread([_mib(peak) for peak in peaks])} MiB beyond inputs ({parts})"
 
 
 def _kv_bytes(job: Job) -> int:
@@ -162,6 +161,8 @@ def _error(verdict: Verdict) -> Text:
     mark = Text("✓ ", style="bold green") if verdict.passed else Text("✗ ", style="bold red")
     why = "" if verdict.plain is None else f": twice plain attention's {verdict.plain:.1e}"
     told = f"{verdict.out_error:.1e} on {NUM_ROWS} rows against float64 attention (bound {verdict.bound:.1e}{why})"
+    if not verdict.row_error <= verdict.row_bound:
+        told += f"; the worst row {verdict.row_error:.1e} (bound {verdict.row_bound:.1e})"
     if not verdict.lse_error <= verdict.lse_bound:
         told += f"; lse {verdict.lse_error:.1e} (bound {verdict.lse_bound:.1e})"
     return mark + Text(told)

@@ -135,14 +135,14 @@ def _forward_bytes(problem: Problem, shown: Scene) -> list[str]:
 
 
 def _backward_bytes(problem: Problem, shown: Scene) -> list[str]:
-    """Both forms side by side: what one shard with its gradient weighs on one hop."""
+    """Both forms side by side: what one hop of a shard and one of its gradient weigh together."""
     chosen = travelling_side(problem)
     contents = {"keys": "k, v, dk, dv", "queries": "q, do, lse, delta, dq"}
     lines = []
     for travels, what in contents.items():
         weight = backward_hop_bytes(problem, travels) // shown.num_ranks  # type: ignore[arg-type]
         mark = ", what the library takes" if travels == chosen else ""
-        lines.append(f"bytes   {travels} travel: {_mib(weight)} a hop of one shard and its gradient ({what}){mark}")
+        lines.append(f"bytes   {travels} travel: {_mib(weight)} a hop ({what}){mark}")
     return lines
 
 

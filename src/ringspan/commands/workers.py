@@ -51,9 +51,9 @@ def exit_of(error: BaseException) -> Exit:
 # Processes that torchrun started.
 
 
-def run_under_torchrun(planned: Callable[[int], Job]) -> Exit:
+def run_under_torchrun(planned: Callable[[int], Job], timeout_s: float) -> NoReturn:
     """The job on the ranks that torchrun started, on one machine or several. planned: the job for so many workers."""
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     rank, size = dist.get_rank(), dist.get_world_size()
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where the user said nothing
         torch.set_num_threads(max(1, attend.num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
@@ -61,10 +61,10 @@ def run_under_torchrun(planned: Callable[[int], Job]) -> Exit:
         job = _planned_alike(planned, rank, size)
         code = Exit.BAD_INPUT if job is None else attend.run_as_rank(job)
         dist.destroy_process_group()
-        return code
     except Exception as error:
         complain(f"worker {rank} of {size}: {tell(error)[1]}")
-        _leave(exit_of(error))
+        code = exit_of(error)
+    _leave(code)
 
 
 def _planned_alike(planned: Callable[[int], Job], rank: int, size: int) -> Job | None:
@@ -80,7 +80,7 @@ def _planned_alike(planned: Callable[[int], Job], rank: int, size: int) -> Job |
     dist.all_gather_object(refusals, refusal)
     ranks = [other for other, text in enumerate(refusals) if text is not None]
     if ranks and rank == 0:
-        complain(f"{refusals[ranks[0]]}\n  on rank {', '.join(map(str, ranks))}")
+        complain(f"{refusals[ranks[0]]}\n  on   rank {', '.join(map(str, ranks))}")
     return None if ranks else job
 
 
@@ -127,9 +127,9 @@ class _Worker:
 
     def _ended_by(self, code: int | None) -> str:
         if code is None or code >= 0:
-            return f"worker {self.rank} ended with status {code} and without a word"
+            return f"it ended with status {code} and without a word"
         hint = "; was there enough memory?" if -code == signal.SIGKILL else ""
-        return f"worker {self.rank} was ended by {signal.Signals(-code).name}{hint}"
+        return f"it was ended by {signal.Signals(-code).name}{hint}"
 
 
 def _supervise(workers: list[_Worker]) -> Exit:

@@ -71,8 +71,8 @@ class TorchOps:
         row_sized, key_sized = 2 + _copies(dtype, q, do), 2 + _copies(dtype, k, v)
         for block, causal in _blocks(q, k, calls, dtype, row_sized, key_sized):
             into = (block.queries(dq), block.keyed(dk), block.keyed(dv))
-            rows = (block.queries(x) for x in (q, do, lse, delta))
-            self._add_gradient(into, *rows, block.keyed(k), block.keyed(v), causal, scale)
+            bq, bdo, blse, bdelta = (block.queries(x) for x in (q, do, lse, delta))
+            self._add_gradient(into, bq, bdo, blse, bdelta, block.keyed(k), block.keyed(v), causal, scale)
 
     def _add_gradient(
         self,
@@ -125,14 +125,15 @@ def _stand_in_for_out(do: Tensor, delta: Tensor) -> Tensor | None:
     """An `out` for which flash's backward finds the given delta, since all it does with out is sum(do * out).
 
     do * (delta / |do|^2), whose sum with do has only terms of one sign, so that it is as exact as delta
-    itself; by way of do over its largest element, whose square neither overflows nor vanishes. None where no
-    such out exists (do = 0 with delta != 0, which only a gradient of lse makes).
+    itself; by way of do over the power of two in its largest element, so that squares neither overflow nor
+    vanish. None where no such out exists (do = 0 with delta != 0, which only a gradient of lse makes).
     """
     largest = torch.linalg.vector_norm(do, torch.inf, dim=-1)
     largest = torch.where(largest == 0, 1.0, largest)
-    unit = do / largest.unsqueeze(-1)  # has do's strides, the last one 1
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    unit = do / power.unsqueeze(-1)  # has do's strides, the last one 1
     norm = torch.linalg.vector_norm(unit, dim=-1).square()
-    factor = torch.where(delta == 0, 0.0, delta / largest / norm)
+    factor = torch.where(delta == 0, 0.0, delta / power / norm)
     return unit.mul_(factor.unsqueeze(-1)) if bool(torch.isfinite(factor).all()) else None
 
 

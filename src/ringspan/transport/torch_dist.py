@@ -323,14 +323,20 @@ class _Waiter:
     def _run(jobs: queue.SimpleQueue) -> None:
         while (job := jobs.get()) is not None:
             works, outcome = job
+            failure = work = None
             try:
                 for outcome.position, work in enumerate(works):
                     work.wait()
             except Exception as error:  # gloo raises RuntimeError and DistBackendError
-                outcome.set_exception(error if isinstance(error, RuntimeError) else RuntimeError(str(error)))
-            else:
+                failure = error if isinstance(error, RuntimeError) else RuntimeError(str(error))
+            # The caller must be the last to hold the works: one that dies in this thread while the interpreter
+            # shuts down takes the process with it ("terminate called without an active exception").
+            del job, work, works
+            if failure is None:
                 outcome.set_result(None)
-            del job, works, outcome
+            else:
+                outcome.set_exception(failure)
+            del outcome, failure
 
 
 class _Bulletin:

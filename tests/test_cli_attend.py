@@ -1,0 +1,174 @@
+import re
+import sys
+
+import pytest
+import torch
+from command_line import CommandLine, command, expected, relative, write_input
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ringspan.commands import check
+from ringspan.commands.asked import Asked
+from ringspan.commands.source import RandomSource
+from ringspan.layout import LAYOUTS, split
+
+
+@pytest.fixture
+def ringspan(monkeypatch, capsys) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+MASKS = {
+    "no mask": ((), {}),
+    "causal": (("--causal",), {"right": 0}),
+    "window": (("--window", "9,3"), {"left": 9, "right": 3}),
+    "documents": (("--causal", "--documents", "0,20,20,33,61"), {"right": 0, "cu_seqlens": (0, 20, 20, 33, 61)}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_threads_write_what_the_definition_says(tmp_path, ringspan, layout, mask):
+    words, meaning = MASKS[mask]
+    path, out = write_input(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    ended = ringspan(
+        *("attend", path, "--workers", 4, "--transport", "local", "--layout", layout, "--out", out, "--lse"), *words
+    )
+    assert ended.status == 0, ended.err
+    found, truth = load_file(out), expected(path, **meaning)
+    assert relative(found["out"], truth[0]) < 2e-6
+    assert relative(found["lse"], truth[1]) < 2e-6
+    assert found["out"].dtype == torch.float32 and set(found) == {"out", "lse"}
+    assert f"{layout} " in ended.out and "✓" in ended.out
+
+
+def test_processes_write_what_the_definition_says_and_tell_how_it_went(tmp_path):
+    path, out = write_input(tmp_path / "in.safetensors", dtype=torch.bfloat16), tmp_path / "out.safetensors"
+    words, meaning = MASKS["documents"]
+    ended = command("attend", path, "--workers", 3, "--layout", "striped", "--lse", "--out", out, *words)
+    assert ended.status == 0, ended.err
+    found, truth = load_file(out), expected(path, **meaning)
+    assert found["out"].dtype == torch.bfloat16 and found["lse"].dtype == torch.float32
+    assert relative(found["out"], truth[0]) < 2.5e-3 and relative(found["lse"], truth[1]) < 2e-6
+    for told in ("3 processes", "bfloat16", "61 (batch 2, 4 heads on 2", "causal, 4 documents", "striped"):
+        assert told in ended.out
+    assert re.search(r"GFLOP/s", ended.out) and re.search(r"waiting +│ \d+% / \d+% / \d+% of the time", ended.out)
+    assert re.search(r"peak memory +│ \d+ / \d+ / \d+ MiB beyond inputs", ended.out) or sys.platform != "linux"
+    assert [line for line in ended.err.splitlines() if "worker 0, step" in line]  # no terminal, so plain lines
+    assert set(tmp_path.iterdir()) == {path, out}
+
+
+def test_torchrun_uses_the_group_that_it_made(tmp_path):
+    path, out = write_input(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ringspan")
+    ended = command("attend", path, "--causal", "--layout", "zigzag", "--out", out, program=torchrun)
+    assert ended.status == 0, ended.err
+    assert relative(load_file(out)["out"], expected(path, right=0)[0]) < 2e-6
+    assert ended.out.count("2 processes") == 1
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_refusal_is_told_once_and_no_rank_hangs(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "ringspan")
+    ended = command("attend", tmp_path / "none.safetensors", program=torchrun)
+    assert ended.status != 0
+    assert ended.err.count("INPUT cannot be read") == 1 and "exitcode: 2" in re.sub(r" +:", ":", ended.err)
+
+
+def test_under_torchrun_workers_and_threads_of_ones_own_are_refused(ringspan, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ended = ringspan("attend", "--tokens", 8, "--workers", 3)
+    assert ended.status == 2 and "--workers must be what torchrun started" in ended.err
+    ended = ringspan("attend", "--tokens", 8, "--transport", "local")
+    assert ended.status == 2 and "without torchrun" in ended.err
+
+
+def test_queries_and_keys_may_differ_in_number(tmp_path, ringspan):
+    path, out = write_input(tmp_path / "in.safetensors", num_queries=10, num_keys=33), tmp_path / "out.safetensors"
+    ended = ringspan("attend", path, "--workers", 3, "--transport", "local", "--out", out)
+    assert ended.status == 0 and "10 queries, 33 keys" in ended.out
+    assert relative(load_file(out)["out"], expected(path)[0]) < 2e-6
+
+
+def test_more_workers_than_tokens_are_no_trouble(tmp_path, ringspan):
+    path, out = write_input(tmp_path / "in.safetensors", 3, 3), tmp_path / "out.safetensors"
+    ended = ringspan("attend", path, "--workers", 5, "--transport", "local", "--causal", "--out", out)
+    assert ended.status == 0, ended.err
+    assert relative(load_file(out)["out"], expected(path, right=0)[0]) < 2e-6
+
+
+def test_nan_in_the_input_is_right_where_it_is_seen(tmp_path, ringspan):
+    path, out = write_input(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    tensors = load_file(path)
+    tensors["v"][:, :, 40] = torch.nan
+    save_file(tensors, path)
+    ended = ringspan("attend", path, "--workers", 3, "--transport", "local", "--causal", "--out", out)
+    assert ended.status == 0, ended.out
+    nan = load_file(out)["out"].isnan()
+    assert nan[:, :, 40:].all() and not nan[:, :, :40].any()
+
+
+def test_compare_times_plain_attention_too(ringspan):
+    ended = ringspan(
+        *("attend", "--tokens", 300, "--workers", 2, "--transport", "local", "--causal", "--compare", "--kv-heads", 2)
+    )
+    assert ended.status == 0
+    assert re.search(r"plain torch +│ [\d.]+ s, [\d.]+ times the ring's time, error \d", ended.out)
+
+
+def test_the_output_says_what_it_is(tmp_path, ringspan):
+    out = tmp_path / "out.safetensors"
+    ringspan("attend", "--tokens", 20, "--transport", "local", "--causal", "--seed", 3, "--out", out)
+    with safe_open(out, framework="pt") as file:
+        told = file.metadata()
+    assert told["input"] == "random, seed 3" and told["mask"] == "causal" and told["made_by"].startswith("ringspan ")
+
+
+def test_random_input_does_not_depend_on_who_makes_it():
+    source = RandomSource(tokens=53, heads=3, kv_heads=1, head_dim=5, dtype=torch.float32, seed=7)
+    for name in "qkv":
+        whole = source.take(name, [range(53)])
+        for layout in LAYOUTS:
+            ranges = split(layout, 53, 4).ranges(2)
+            positions = [position for piece in ranges for position in piece]
+            assert torch.equal(source.take(name, ranges), whole[:, :, positions])
+
+
+def test_random_input_is_normal_and_differs_by_tensor_and_seed():
+    def take(name, seed):
+        return RandomSource(4096, 4, 4, 33, torch.float32, seed).take(name, [range(4096)])
+
+    q, k, other = take("q", 0), take("k", 0), take("q", 1)
+    assert abs(float(q.mean())) < 5e-3 and abs(float(q.std()) - 1) < 5e-3
+    assert abs(float((q**4).mean()) - 3) < 0.05
+    for x, y in ((q, k), (q, other), (q[:, 0], q[:, 1]), (q[:, :, :-1], q[:, :, 1:]), (q[..., :-1], q[..., 1:])):
+        assert abs(float((x * y).mean())) < 5e-3
+
+
+def test_the_sample_holds_the_first_and_the_last_row():
+    for num_queries in (1, 2, 63, 64, 65, 100_000):
+        positions = check.sampled_positions(num_queries).tolist()
+        assert positions[0] == 0 and positions[-1] == num_queries - 1
+        assert len(positions) == min(num_queries, check.NUM_ROWS) and positions == sorted(set(positions))
+
+
+def _judged(change) -> check.Verdict:
+    source, asked = RandomSource(300, 2, 1, 16, torch.float32, 0), Asked(causal=True)
+    mask = asked.mask(300, 300)
+    truth = check.exact_rows(check.sampled_positions(300), source, mask, 0.25, lambda share: None)
+    out = truth.out.float()
+    change(out)
+    return check.judge(check.Rows(truth.positions, out, truth.lse), truth, source, mask, 0.25)
+
+
+def test_the_check_agrees_with_exact_rows_and_sees_a_single_wrong_one():
+    assert _judged(lambda out: None).passed
+    assert not _judged(lambda out: out[:, :, -1].mul_(1.05)).passed
+    assert not _judged(lambda out: out[:, :, 30].fill_(torch.nan)).passed
+
+
+def test_the_bound_grows_to_twice_the_error_of_plain_attention(monkeypatch):
+    monkeypatch.setitem(check.BOUNDS, torch.float32, 1e-9)
+    verdict = _judged(lambda out: None)
+    assert verdict.plain is not None and verdict.bound == 2 * verdict.plain > verdict.out_error > 1e-9
