@@ -4,9 +4,18 @@ PYTHON ?= python3.11
 PIP_ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-full lint clean
+ISAS := avx512 avx2 baseline
+CXX ?= g++
+KERNEL := $(wildcard csrc/*.h) csrc/attention.cpp csrc/dispatch.cpp csrc/mask.cpp csrc/openmp.cpp csrc/threads.cpp
+FLAGS_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
+FLAGS_avx2 := -mavx2 -mfma -mf16c
+WARNINGS := -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
+THREAD := -fsanitize=thread
 
-.venv/ready: requirements.txt pyproject.toml
+.PHONY: demo test test-full sanitize lint clean
+
+.venv/ready: requirements.txt pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $(PIP_ARGS) -r requirements.txt
 	$(BIN)/pip install --quiet $(PIP_ARGS) --no-deps --editable .
@@ -23,16 +32,32 @@ demo/qkv.safetensors: examples/make_qkv.py .venv/ready
 	mkdir -p demo
 	$(BIN)/python $< $@ --tokens 16384 --dtype float32
 
+# A missing native kernel fails the tests, it does not skip them.
+test test-full: export RINGSPAN_REQUIRE_NATIVE = 1
+
 test: .venv/ready lint
 	$(BIN)/pytest -m "not slow"
 
 test-full: .venv/ready
 	$(BIN)/pytest
+	for isa in $(ISAS); do RINGSPAN_ISA=$$isa RINGSPAN_EXAMPLES=500 $(BIN)/pytest tests/test_native.py || exit 1; done
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under ThreadSanitizer.
+sanitize: build/sanitize-address build/sanitize-thread
+	for isa in $(ISAS); do RINGSPAN_ISA=$$isa build/sanitize-address || exit 1; done
+	for isa in $(ISAS); do RINGSPAN_ISA=$$isa build/sanitize-thread threads || exit 1; done
+
+build/sanitize-address: SANITIZE = $(ADDRESS)
+build/sanitize-thread: SANITIZE = $(THREAD)
+build/sanitize-%: tests/sanitize.cpp csrc/isa_avx512.cpp csrc/isa_avx2.cpp csrc/isa_baseline.cpp $(KERNEL)
+	mkdir -p $@.d
+	$(foreach isa,$(ISAS),$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) $(FLAGS_$(isa)) -c csrc/isa_$(isa).cpp -o $@.d/$(isa).o &&) true
+	$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -DRINGSPAN_HAS_X86_KERNELS -Icsrc tests/sanitize.cpp $(filter %.cpp,$(KERNEL)) $@.d/*.o -o $@ -pthread -ldl
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -6,10 +6,11 @@ import torch
 
 from ringspan.errors import ArgumentError, UnsupportedError, explain
 from ringspan.kernels.contract import Kernel
+from ringspan.kernels.native import Native
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.torch_ops import TorchOps
 
-KERNELS: tuple[Kernel, ...] = (TorchOps(), Reference())
+KERNELS: tuple[Kernel, ...] = (Native(), TorchOps(), Reference())
 
 
 def names() -> tuple[str, ...]:

@@ -1,0 +1,142 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+#include "mask.h"
+#include "threads.h"
+
+namespace ringspan {
+
+// Keys that the rows of a tile span. A band's first and last row tell; arrays are read.
+static int64_t keys_spanned(const Mask& mask, const Sizes& sizes, int64_t b, int64_t h, int64_t first_row, int64_t num_rows) {
+    if (mask.lo) {
+        std::vector<int32_t> lo(num_rows), hi(num_rows);
+        row_intervals(mask, sizes, b, h, first_row, static_cast<int>(num_rows), lo.data(), hi.data());
+        const Span span = span_of(lo.data(), hi.data(), static_cast<int>(num_rows));
+        return span.empty() ? 0 : span.end - span.begin;
+    }
+    const int64_t last_row = std::min(first_row + num_rows, sizes.queries) - 1;
+    const int64_t begin = std::max<int64_t>(first_row + mask.lower, 0), end = std::min(last_row + mask.upper, sizes.keys);
+    return std::max<int64_t>(end - begin, 0);
+}
+
+// Work items share out the tiles evenly; few tiles make smaller items, so that there is something to share.
+static int64_t tiles_per_item(int64_t most, int64_t tiles_per_head, int64_t num_heads) {
+    const int64_t limit = std::clamp<int64_t>(tiles_per_head * num_heads / 16, 1, most);
+    const int64_t num_items = (tiles_per_head + limit - 1) / limit;
+    return (tiles_per_head + num_items - 1) / num_items;
+}
+
+// Whether an array can be read as pairs of neighbouring dimensions.
+static bool is_made_of_pairs(const Input& x) {
+    return x.dtype == DType::bfloat16 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0 && x.stride[0] % 2 == 0 && x.stride[1] % 2 == 0 &&
+           x.stride[2] % 2 == 0 && x.stride[3] == 1;
+}
+
+static bool pairs_are_possible(const Kernels& isa, const Sizes& sizes) { return isa.has_pairs && sizes.dim % 2 == 0 && has_bfloat16_dots(); }
+
+// The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
+static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels& isa) {
+    const Sizes& sizes = call.sizes;
+    const int64_t rows = isa.rows_per_tile, group = sizes.group();
+    const int64_t num_tiles = (sizes.queries + rows - 1) / rows * group;
+    const int64_t step = tiles_per_item(isa.query_tiles_per_item, num_tiles, sizes.batch * sizes.kv_heads);
+    std::vector<std::pair<int64_t, AbsorbItem>> weighed;
+    for (int64_t b = 0; b < sizes.batch; ++b) {
+        for (int64_t kv = 0; kv < sizes.kv_heads; ++kv) {
+            for (int64_t first = 0; first < num_tiles; first += step) {
+                const AbsorbItem item{b, kv, first, std::min(first + step, num_tiles)};
+                int64_t weight = 0;
+                for (int64_t t = item.first_tile; t < item.last_tile; ++t) {
+                    weight += keys_spanned(call.mask, sizes, b, kv * group + t % group, t / group * rows, rows);
+                }
+                if (weight > 0) weighed.emplace_back(weight, item);
+            }
+        }
+    }
+    std::stable_sort(weighed.begin(), weighed.end(), [](const auto& x, const auto& y) { return x.first > y.first; });
+    std::vector<AbsorbItem> items;
+    for (const auto& [weight, item] : weighed) items.push_back(item);
+    return items;
+}
+
+void absorb(const AbsorbCall& given, int num_threads) {
+    AbsorbCall call = given;
+    const Sizes& sizes = call.sizes;
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
+    call.bfloat16_pairs = pairs_are_possible(kernels(), sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k);
+    struct Context {
+        const AbsorbCall& call;
+        const Kernels& isa;
+        std::vector<AbsorbItem> items;
+    } context{call, kernels(), plan_absorb(call, kernels())};
+    const Work work = [](void* pointer, int64_t i, void* scratch) {
+        const auto& c = *static_cast<Context*>(pointer);
+        c.isa.absorb_item(c.call, c.items[i], scratch);
+    };
+    run_items(num_threads, static_cast<int64_t>(context.items.size()), context.isa.absorb_scratch_bytes(sizes.dim), work, &context);
+}
+
+struct GradientOrder {
+    int64_t num_steps;
+    std::unique_ptr<std::atomic<int64_t>[]> steps_done;  // by item
+    std::atomic<int64_t> first_unfinished{0};            // all items before it have done all steps
+
+    GradientOrder(int64_t items, int64_t steps) : num_steps(steps), steps_done(new std::atomic<int64_t>[items]()) {}
+};
+
+// Items are taken in the order of their keys, so that those waited for have been taken before and no thread waits for ever.
+void wait_for_earlier_keys(GradientOrder& order, int64_t item, int64_t step) {
+    int64_t earlier = order.first_unfinished.load(std::memory_order_acquire);
+    bool all_finished = true;
+    for (; earlier < item; ++earlier) {
+        int64_t done;
+        for (int tries = 0; (done = order.steps_done[earlier].load(std::memory_order_acquire)) <= step; ++tries) {
+            if (tries > 200) std::this_thread::yield();
+        }
+        all_finished &= done == order.num_steps;
+        if (all_finished) order.first_unfinished.store(earlier + 1, std::memory_order_release);
+    }
+}
+
+void finish_step(GradientOrder& order, int64_t item, int64_t step) { order.steps_done[item].store(step + 1, std::memory_order_release); }
+
+void absorb_gradient(const GradientCall& given, int num_threads) {
+    GradientCall call = given;
+    const Sizes& sizes = call.sizes;
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
+    if (!call.dq.data && !call.dk.data) return;
+    const Kernels& isa = kernels();
+    call.bfloat16_pairs = pairs_are_possible(isa, sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
+                          is_made_of_pairs(call.dout);
+    const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
+    const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads) * rows;
+    const int64_t items_per_head = (sizes.keys + step - 1) / step;
+    const int64_t num_steps = (sizes.queries + isa.queries_per_step - 1) / isa.queries_per_step * sizes.group();
+    struct Context {
+        const GradientCall& call;
+        const Kernels& isa;
+        std::vector<std::unique_ptr<GradientOrder>> orders;
+        std::vector<GradientItem> items;
+    } context{call, isa, {}, {}};
+    for (int64_t head = 0; head < num_heads; ++head) context.orders.push_back(std::make_unique<GradientOrder>(items_per_head, num_steps));
+    // Neighbours in the queue belong to different heads: a thread seldom has to wait for its turn at dq.
+    for (int64_t number = 0; number < items_per_head; ++number) {
+        for (int64_t head = 0; head < num_heads; ++head) {
+            context.items.push_back({head / sizes.kv_heads, head % sizes.kv_heads, number * step, std::min((number + 1) * step, sizes.keys), number,
+                                     context.orders[head].get()});
+        }
+    }
+    const Work work = [](void* pointer, int64_t i, void* scratch) {
+        const auto& c = *static_cast<Context*>(pointer);
+        c.isa.absorb_gradient_item(c.call, c.items[i], scratch);
+    };
+    run_items(num_threads, static_cast<int64_t>(context.items.size()), isa.gradient_scratch_bytes(sizes.dim), work, &context);
+}
+
+}  // namespace ringspan

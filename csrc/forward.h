@@ -1,0 +1,336 @@
+// absorb: a few query tiles against all keys they see, one block of keys after the other.
+//
+// A block of keys and values is packed once (it stays in L2) and used by every tile of the work item. One tile's queries,
+// scores and a panel of keys or values fit in L1 while it goes through scores -> weights -> weighted values.
+//
+// Scores are in base 2: s = (scale log2(e) q) . k. A row's reference is a whole number near its largest score: the change from
+// one reference to another is then an exact power of two, and moving it rounds nothing.
+#pragma once
+
+namespace ringspan::RINGSPAN_ISA {
+
+constexpr int kQueryTilesPerItem = 224 / kRows;  // queries that share one packing of the keys: packing costs about 1 % then
+constexpr int kKeyBlock = 128;
+
+// Scores within +-kSafeScore need no look at their maximum: 2^60 a weight overflows no sum, and below a reference of 0 the
+// smallest, 2^-60, is still 66 binary orders above what float32 loses.
+constexpr float kSafeScore = 60;
+// A reference is raised when a score is above it by more than this: weights stay below 2^8, and few blocks raise it.
+constexpr float kSlack = 8;
+
+static inline float base_two_scale(float scale) { return static_cast<float>(scale * 1.4426950408889634); }
+
+struct Tile {
+    int64_t head, first_row;
+    int rows;
+    bool references_are_positive;  // of all rows that see anything
+    float largest_query;           // squared length, times (scale log2(e))^2
+    Span span;
+    int32_t lo[kRows], hi[kRows];
+    float reference[kRows];  // -inf: the row has seen nothing
+    float start[kRows];      // where a score's sum starts: -reference, or 0
+    float* queries;          // [dim][kRows], times scale log2(e); or pairs as they are, [dim / 2][kRows]
+    float* acc;              // [dimension panel][kRows][kPanel]
+    float* sums;             // [kRows][kLanes], to be added up
+};
+
+struct KeyBlock {
+    int32_t begin, end;
+    float largest_key;  // squared length
+    bool finite_values;
+    float* keys;    // [key panel][dim][kPanel], or pairs, [key panel][dim / 2][kPanel]
+    float* values;  // [dimension panel][kKeyBlock][kPanel]
+};
+
+struct AbsorbScratch {
+    Tile tiles[kQueryTilesPerItem];
+    KeyBlock block;
+    float* weights;  // [key panel][kRows][kPanel]: scores, then 2^(score - reference)
+};
+
+static Arena lay_out(AbsorbScratch& scratch, float* memory, int64_t dim) {
+    Arena arena{memory};
+    const int64_t padded_dim = round_up(dim, kPanel);
+    scratch.block.keys = arena.take(kKeyBlock * dim);
+    scratch.block.values = arena.take(kKeyBlock * padded_dim);
+    scratch.weights = arena.take(kKeyBlock * kRows);
+    for (Tile& tile : scratch.tiles) {
+        tile.queries = arena.take(dim * kRows + kLanes);
+        tile.acc = arena.take(padded_dim * kRows);
+        tile.sums = arena.take(kRows * kLanes);
+    }
+    return arena;
+}
+
+static size_t absorb_scratch_bytes(int64_t dim) {
+    AbsorbScratch scratch;
+    return lay_out(scratch, nullptr, dim).used * sizeof(float);
+}
+
+static void load_state(const AbsorbCall& call, int64_t b, Tile& tile) {
+    const int64_t dim = call.sizes.dim, padded_dim = round_up(dim, kPanel);
+    memset(tile.acc, 0, padded_dim * kRows * sizeof(float));
+    memset(tile.sums, 0, kRows * kLanes * sizeof(float));
+    for (int r = 0; r < kRows; ++r) {
+        tile.reference[r] = -__builtin_inff();
+        tile.start[r] = 0;
+        if (tile.lo[r] >= tile.hi[r]) continue;
+        const int64_t t = tile.first_row + r;
+        const float row_max = call.row_max.at(b, tile.head, t);
+        if (row_max == -__builtin_inff()) continue;
+        // acc e^m = acc 2^(m log2(e)) = (acc 2^fraction) 2^reference
+        const float product = row_max * kLog2E;
+        tile.reference[r] = __builtin_rintf(product);
+        tile.start[r] = -tile.reference[r];
+        const float factor = exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
+        tile.sums[r * kLanes] = call.row_sum.at(b, tile.head, t) * factor;
+        const float* acc = call.acc.row(b, tile.head, t);
+        for (int64_t d = 0; d < dim; d += kPanel) {
+            float* panel = tile.acc + d * kRows + r * kPanel;
+            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) panel[i] = acc[d + i] * factor;
+        }
+    }
+}
+
+static void store_state(const AbsorbCall& call, int64_t b, const Tile& tile) {
+    const int64_t dim = call.sizes.dim;
+    for (int r = 0; r < kRows; ++r) {
+        if (tile.lo[r] >= tile.hi[r]) continue;
+        const int64_t t = tile.first_row + r;
+        const float sum = sum_of(load(tile.sums + r * kLanes));
+        // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
+        const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
+        // acc 2^reference = acc e^(reference ln(2)) = (acc e^rest) e^row_max
+        const float row_max = reference * kLn2;
+        const float factor = reference == 0 ? 1 : exp2(left_over(reference, kLn2, kLn2Rest, row_max) * kLog2E);
+        call.row_max.at(b, tile.head, t) = row_max;
+        call.row_sum.at(b, tile.head, t) = sum * factor;
+        float* acc = call.acc.row(b, tile.head, t);
+        for (int64_t d = 0; d < dim; d += kPanel) {
+            const float* panel = tile.acc + d * kRows + r * kPanel;
+            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) acc[d + i] = panel[i] * factor;
+        }
+    }
+}
+
+static void start_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
+    const Sizes& sizes = call.sizes;
+    tile.head = item.kv_head * sizes.group() + number % sizes.group();
+    tile.first_row = number / sizes.group() * kRows;
+    row_intervals(call.mask, sizes, item.batch, tile.head, tile.first_row, kRows, tile.lo, tile.hi);
+    tile.span = span_of(tile.lo, tile.hi, kRows);
+    if (tile.span.empty()) return;
+    const int64_t left = sizes.queries - tile.first_row;
+    tile.rows = left < kRows ? static_cast<int>(left) : kRows;
+    tile.references_are_positive = false;
+    const Tokens q = tokens_of(call.q, item.batch, tile.head);
+    const float scale = base_two_scale(call.scale);
+    if (call.bfloat16_pairs) {
+        tile.largest_query = pack_columns(as_pairs(q), tile.first_row, tile.rows, sizes.dim / 2, nullptr, kRows, tile.queries) * scale * scale;
+    } else {
+        float factors[kRows + kLanes];
+        for (float& factor : factors) factor = scale;
+        tile.largest_query = pack_columns(q, tile.first_row, tile.rows, sizes.dim, factors, kRows, tile.queries);
+    }
+    load_state(call, item.batch, tile);
+}
+
+static void pack_block(const AbsorbCall& call, const AbsorbItem& item, KeyBlock& block) {
+    const int64_t dim = call.sizes.dim, num_keys = block.end - block.begin;
+    const int64_t steps = call.bfloat16_pairs ? dim / 2 : dim;
+    const Tokens packed_k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
+    const Tokens k = call.bfloat16_pairs ? as_pairs(packed_k) : packed_k;
+    block.largest_key = 0;
+    for (int first = 0; first < num_keys; first += kPanel) {
+        const float norm = pack_columns(k, block.begin + first, num_keys - first, steps, nullptr, kPanel, block.keys + first * steps);
+        block.largest_key = norm > block.largest_key ? norm : block.largest_key;
+    }
+    block.finite_values = pack_rows(v, block.begin, num_keys, dim, nullptr, kKeyBlock, block.values);
+}
+
+// Scores of keys that a row does not see become -inf, whatever they were.
+static void hide(const Tile& tile, int32_t first_key, float* panel) {
+    for (int r = 0; r < tile.rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            float* scores = panel + r * kPanel + v * kLanes;
+            const Ints key = consecutive(first_key + v * kLanes);
+            store(scores, where_inside(key, all_ints(tile.lo[r]), all_ints(tile.hi[r]), load(scores), all(-__builtin_inff())));
+        }
+    }
+}
+
+// score - reference of the key panels first .. last, from pairs.
+static void compute_scores_of_pairs(const Tile& tile, const KeyBlock& block, int64_t num_pairs, float scale, int first, int last, float* weights) {
+    if constexpr (kHasPairs) {
+        with_rows(tile.rows, [&]<int kR>() {
+            for (int p = first; p < last; ++p) {
+                Floats acc[kR][kVectors] = {};
+                multiply<kR, 1, kRows, true>(acc, tile.queries, block.keys + p * kPanel * num_pairs, num_pairs);
+#pragma GCC unroll 32
+                for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(acc[r][v], all(scale), all(tile.start[r]));
+                }
+                store_block(weights + p * kRows * kPanel, acc);
+            }
+        });
+    }
+}
+
+// The same from float32. The sum starts at -reference: no subtraction is left to do.
+static void compute_scores(const Tile& tile, const KeyBlock& block, int64_t dim, int first, int last, float* weights) {
+    with_rows(tile.rows, [&]<int kR>() {
+        for (int p = first; p < last; ++p) {
+            Floats acc[kR][kVectors];
+#pragma GCC unroll 32
+            for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kVectors; ++v) acc[r][v] = all(tile.start[r]);
+            }
+            multiply<kR, 1, kRows>(acc, tile.queries, block.keys + p * kPanel * dim, dim);
+            store_block(weights + p * kRows * kPanel, acc);
+        }
+    });
+}
+
+static void scale_row(Tile& tile, int r, int64_t dim, float factor) {
+    for (int64_t d = 0; d < round_up(dim, kPanel); d += kLanes) {
+        float* acc = tile.acc + d / kPanel * kRows * kPanel + r * kPanel + d % kPanel;
+        store(acc, load(acc) * all(factor));
+    }
+    store(tile.sums + r * kLanes, load(tile.sums + r * kLanes) * all(factor));
+}
+
+static void move_reference(Tile& tile, int r, int64_t dim, float reference) {
+    if (tile.reference[r] != -__builtin_inff()) scale_row(tile, r, dim, exp2(tile.reference[r] - reference));
+    tile.reference[r] = reference;
+    tile.start[r] = -reference;
+}
+
+// Where all scores are within +-kSafeScore, a reference of 0 or more is near enough.
+static void make_references_positive(Tile& tile, const KeyBlock& block, int64_t dim) {
+    bool all_positive = true;
+    for (int r = 0; r < tile.rows; ++r) {
+        if (tile.lo[r] >= tile.hi[r] || tile.reference[r] >= 0) continue;
+        const bool sees_block = tile.lo[r] < block.end && tile.hi[r] > block.begin;
+        if (sees_block) move_reference(tile, r, dim, 0);
+        all_positive &= sees_block;
+    }
+    tile.references_are_positive = all_positive;
+}
+
+// Raises the references of rows with a score too far above theirs, and corrects the scores.
+static void raise_references(Tile& tile, int64_t dim, int first, int last, float* weights) {
+    for (int r = 0; r < tile.rows; ++r) {
+        Floats above = all(-__builtin_inff());
+        for (int p = first; p < last; ++p) {
+            for (int v = 0; v < kVectors; ++v) above = larger(load(weights + p * kRows * kPanel + r * kPanel + v * kLanes), above);
+        }
+        const bool is_new = tile.reference[r] == -__builtin_inff();
+        if (!any_above(above, is_new ? -__builtin_inff() : kSlack)) continue;
+        const float shift = __builtin_ceilf(largest_of(above));
+        move_reference(tile, r, dim, is_new ? shift : tile.reference[r] + shift);
+        for (int p = first; p < last; ++p) {
+            for (int v = 0; v < kVectors; ++v) {
+                float* scores = weights + p * kRows * kPanel + r * kPanel + v * kLanes;
+                store(scores, load(scores) - all(shift));
+            }
+        }
+    }
+}
+
+// weight = 2^(score - reference), in place; sums += weights
+static void compute_weights(Tile& tile, int first, int last, float* weights) {
+    for (int r = 0; r < tile.rows; ++r) {
+        Floats sum = {};
+        for (int p = first; p < last; ++p) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                float* scores = weights + p * kRows * kPanel + r * kPanel + v * kLanes;
+                const Floats weight = exp2(load(scores));
+                store(scores, weight);
+                sum += weight;
+            }
+        }
+        store(tile.sums + r * kLanes, load(tile.sums + r * kLanes) + sum);
+    }
+}
+
+// acc += weights . values over visible pairs only: a value that is not finite must not meet the weight 0 of a row that does
+// not see it.
+static void add_visible_values(Tile& tile, const KeyBlock& block, int64_t dim, const float* weights) {
+    for (int r = 0; r < tile.rows; ++r) {
+        const int32_t lo = tile.lo[r] > block.begin ? tile.lo[r] : block.begin, hi = tile.hi[r] < block.end ? tile.hi[r] : block.end;
+        for (int32_t j = lo - block.begin; j < hi - block.begin; ++j) {
+            const float weight = weights[j / kPanel * kRows * kPanel + r * kPanel + j % kPanel];
+            for (int64_t d = 0; d < dim; ++d) {
+                const int64_t panel = d / kPanel, lane = d % kPanel;
+                tile.acc[panel * kRows * kPanel + r * kPanel + lane] += weight * block.values[(panel * kKeyBlock + j) * kPanel + lane];
+            }
+        }
+    }
+}
+
+static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& block, float* weights) {
+    const int64_t dim = call.sizes.dim;
+    if (!tile.span.sees(block.begin, block.end)) return;
+    const int32_t begin = tile.span.begin > block.begin ? tile.span.begin : block.begin;
+    const int32_t end = tile.span.end < block.end ? tile.span.end : block.end;
+    const int first = (begin - block.begin) / kPanel, last = (end - block.begin + kPanel - 1) / kPanel;
+
+    const bool safe = tile.largest_query * block.largest_key <= kSafeScore * kSafeScore;
+    if (safe && !tile.references_are_positive) make_references_positive(tile, block, dim);
+    if (call.bfloat16_pairs) {
+        compute_scores_of_pairs(tile, block, dim / 2, base_two_scale(call.scale), first, last, weights);
+    } else {
+        compute_scores(tile, block, dim, first, last, weights);
+    }
+    for (int p = first; p < last; ++p) {
+        const int32_t key = block.begin + p * kPanel;
+        if (!tile.span.sees_all(key, key + kPanel)) hide(tile, key, weights + p * kRows * kPanel);
+    }
+    if (!safe) raise_references(tile, dim, first, last, weights);
+    compute_weights(tile, first, last, weights);
+    if (!block.finite_values && !tile.span.sees_all(block.begin, block.end)) return add_visible_values(tile, block, dim, weights);
+    with_rows(tile.rows, [&]<int kR>() {
+        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kPanel, first, last, round_up(dim, kPanel) / kPanel);
+    });
+}
+
+// Packing waits for memory and computing does not: the next block is fetched meanwhile, an equal share with every tile.
+static void prefetch_share(const AbsorbCall& call, const AbsorbItem& item, int64_t begin, int64_t end, int share, int num_shares) {
+    const int64_t num_keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
+    const int64_t first = begin + num_keys * share / num_shares, last = begin + num_keys * (share + 1) / num_shares;
+    prefetch(tokens_of(call.k, item.batch, item.kv_head), first, last, call.sizes.dim);
+    prefetch(tokens_of(call.v, item.batch, item.kv_head), first, last, call.sizes.dim);
+}
+
+static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* memory) {
+    AbsorbScratch scratch;
+    lay_out(scratch, static_cast<float*>(memory), call.sizes.dim);
+    const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
+    int32_t begin = INT32_MAX, end = 0;
+    for (int i = 0; i < num_tiles; ++i) {
+        Tile& tile = scratch.tiles[i];
+        start_tile(call, item, item.first_tile + i, tile);
+        begin = tile.span.begin < begin ? tile.span.begin : begin;
+        end = tile.span.end > end ? tile.span.end : end;
+    }
+    KeyBlock& block = scratch.block;
+    for (block.begin = begin / kPanel * kPanel; block.begin < end; block.begin += kKeyBlock) {
+        block.end = end - block.begin < kKeyBlock ? end : block.begin + kKeyBlock;
+        bool seen = false;
+        for (int i = 0; i < num_tiles; ++i) seen |= scratch.tiles[i].span.sees(block.begin, block.end);
+        if (!seen) continue;
+        pack_block(call, item, block);
+        for (int i = 0; i < num_tiles; ++i) {
+            prefetch_share(call, item, block.end, end, i, num_tiles);
+            absorb_block(call, scratch.tiles[i], block, scratch.weights);
+        }
+    }
+    for (int i = 0; i < num_tiles; ++i) {
+        if (!scratch.tiles[i].span.empty()) store_state(call, item.batch, scratch.tiles[i]);
+    }
+}
+
+}  // namespace ringspan::RINGSPAN_ISA

@@ -1,0 +1,3 @@
+#include "simd_baseline.h"
+#define RINGSPAN_ISA baseline
+#include "tile_kernel.h"

@@ -1,0 +1,189 @@
+// Copies of one head's tokens in cache-sized pieces, widened to float32, in the order in which the products read them.
+// A row stride of a power of two would use a few of the L1 cache's sets only; packed pieces use all.
+#pragma once
+
+namespace ringspan::RINGSPAN_ISA {
+
+struct Bfloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+// Two neighbouring bfloat16, moved about in the clothes of one float32.
+struct Bfloat16Pair {
+    uint16_t bits[2];
+};
+
+RINGSPAN_INLINE Floats widen(const float* p) { return load(p); }
+RINGSPAN_INLINE Floats widen(const Bfloat16* p) { return widen_bfloat16(&p->bits); }
+RINGSPAN_INLINE Floats widen(const Float16* p) { return widen_float16(&p->bits); }
+RINGSPAN_INLINE Floats widen(const Bfloat16Pair* p) {
+    Floats pairs;
+    memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+}
+
+// sum + x^2 of packed elements; the pointer only tells their type.
+template <class Element>
+RINGSPAN_INLINE Floats add_square(const Element*, Floats x, Floats sum) {
+    return multiply_add(x, x, sum);
+}
+RINGSPAN_INLINE Floats add_square(const Bfloat16Pair*, Floats x, Floats sum) {
+    const Ints bits = (Ints)x;
+    const Floats first = (Floats)(bits << 16), second = (Floats)(bits & ~0xffff);
+    return multiply_add(first, first, multiply_add(second, second, sum));
+}
+
+// The tokens of one batch entry and head.
+struct Tokens {
+    const void* data;
+    DType dtype;
+    int64_t offset, token_stride, dim_stride;
+    bool pairs = false;  // as_pairs
+};
+
+static inline Tokens tokens_of(const Input& x, int64_t b, int64_t h) {
+    return {x.data, x.dtype, b * x.stride[0] + h * x.stride[1], x.stride[2], x.stride[3]};
+}
+
+// The same bfloat16 as pairs of dimensions, half as many.
+static inline Tokens as_pairs(const Tokens& x) { return {x.data, x.dtype, x.offset / 2, x.token_stride / 2, 1, true}; }
+
+// Scratch memory, handed out piece by piece in whole cache lines. Without memory it only counts.
+struct Arena {
+    float* base;
+    size_t used = 0;
+
+    float* take(size_t num_floats) {
+        float* piece = base ? base + used : nullptr;
+        used += (num_floats + 15) / 16 * 16;
+        return piece;
+    }
+};
+
+// The first `count` of kLanes neighbouring elements, then zeros.
+template <class Element>
+RINGSPAN_INLINE Floats read_run(const Element* p, int64_t count) {
+    if (count >= kLanes) return widen(p);
+    Element padded[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) padded[i] = p[i];
+    return widen(padded);
+}
+
+enum class Order { by_token, by_dim };
+
+// kLanes tokens x kLanes dimensions, of which num_tokens x num_dims exist and the rest are zeros.
+// by_token: square[i] holds the dimensions of token i. by_dim: square[i] holds dimension i of the tokens.
+template <class Element>
+RINGSPAN_INLINE void read_square(Floats (&square)[kLanes], const Element* p, int64_t token_stride, int64_t dim_stride, int64_t num_tokens,
+                                 int64_t num_dims, Order order) {
+    const bool dims_are_neighbours = dim_stride == 1 || num_dims <= 1;
+    const bool tokens_are_neighbours = token_stride == 1 || num_tokens <= 1;
+    Order have = Order::by_token;
+    if (num_tokens <= 0 || num_dims <= 0) {
+        for (int i = 0; i < kLanes; ++i) square[i] = all(0);
+        return;
+    }
+    if (dims_are_neighbours) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = i < num_tokens ? read_run(p + i * token_stride, num_dims) : all(0);
+    } else if (tokens_are_neighbours) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) square[i] = i < num_dims ? read_run(p + i * dim_stride, num_tokens) : all(0);
+        have = Order::by_dim;
+    } else {
+        for (int i = 0; i < kLanes; ++i) {
+            Element gathered[kLanes] = {};
+            for (int64_t d = 0; i < num_tokens && d < num_dims && d < kLanes; ++d) gathered[d] = p[i * token_stride + d * dim_stride];
+            square[i] = widen(gathered);
+        }
+    }
+    if (have != order) transpose(square);
+}
+
+// The largest of the numbers, none of which is negative; inf if any is NaN.
+static inline float largest_or_inf(Floats x) {
+    float largest = 0;
+    for (int i = 0; i < kLanes; ++i) {
+        if (!(x[i] < __builtin_inff())) return __builtin_inff();
+        largest = x[i] > largest ? x[i] : largest;
+    }
+    return largest;
+}
+
+template <class Element>
+static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int width, float* to) {
+    const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
+    float largest = 0;
+    // A column's last store may run into the next column: columns follow in order, and the tokens from the last to the first.
+    for (int t = (width - 1) / kLanes * kLanes; t >= 0; t -= kLanes) {
+        Floats squares[2] = {};
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            Floats square[kLanes];
+            read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_dim);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const Floats column = factors ? square[i] * load(factors + t) : square[i];
+                squares[i % 2] = add_square(from, column, squares[i % 2]);
+                if (d + i < dim) store(to + (d + i) * width + t, column);
+            }
+        }
+        const float norm = largest_or_inf(squares[0] + squares[1]);
+        largest = norm > largest ? norm : largest;
+    }
+    return largest;
+}
+
+// to[dimension][0 .. width) = the tokens' dimension, times a factor for each token if given; missing tokens are zeros.
+// `to` and `factors` have room for kLanes floats more. Returns the largest squared length, inf if any is not finite.
+static float pack_columns(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int width, float* to) {
+    if (x.pairs) return pack_columns_of<Bfloat16Pair>(x, first, num_tokens, dim, factors, width, to);
+    if (x.dtype == DType::bfloat16) return pack_columns_of<Bfloat16>(x, first, num_tokens, dim, factors, width, to);
+    if (x.dtype == DType::float16) return pack_columns_of<Float16>(x, first, num_tokens, dim, factors, width, to);
+    return pack_columns_of<float>(x, first, num_tokens, dim, factors, width, to);
+}
+
+template <class Element>
+static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int room, float* to) {
+    const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
+    const int padded_tokens = round_up(num_tokens, kPanel), padded_dim = round_up(dim, kPanel);
+    Floats zeros[2] = {};
+    for (int t = 0; t < padded_tokens && t < room; t += kLanes) {
+        for (int d = 0; d < padded_dim; d += kLanes) {
+            Floats square[kLanes];
+            read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_token);
+            float* panel = to + (d / kPanel) * room * kPanel + d % kPanel;
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                const Floats row = factors && t + i < room ? square[i] * all(factors[t + i]) : square[i];
+                zeros[i % 2] = multiply_add(row, all(0), zeros[i % 2]);  // NaN for NaN and inf
+                if (t + i < room) store(panel + (t + i) * kPanel, row);
+            }
+        }
+    }
+    return sum_of(zeros[0] + zeros[1]) == 0;
+}
+
+// to[dimension panel][token][kPanel] with room for `room` tokens: the tokens, times a factor each if given. Missing dimensions
+// are zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
+static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int room, float* to) {
+    if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, factors, room, to);
+    if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, factors, room, to);
+    return pack_rows_of<float>(x, first, num_tokens, dim, factors, room, to);
+}
+
+// Asks for the memory of the tokens first .. last to be brought into L2.
+static void prefetch(const Tokens& x, int64_t first, int64_t last, int64_t dim) {
+    const int64_t size = x.dtype == DType::float32 ? 4 : 2;
+    const bool dims_are_neighbours = x.dim_stride == 1;
+    if (!dims_are_neighbours && x.token_stride != 1) return;
+    const int64_t num_runs = dims_are_neighbours ? last - first : dim, run_bytes = (dims_are_neighbours ? dim : last - first) * size;
+    const int64_t run_stride = (dims_are_neighbours ? x.token_stride : x.dim_stride) * size;
+    const char* run = static_cast<const char*>(x.data) + (x.offset + first * x.token_stride) * size;
+    for (int64_t i = 0; i < num_runs; ++i, run += run_stride) {
+        for (int64_t at = 0; at < run_bytes; at += 64) __builtin_prefetch(run + at, 0, 2);
+    }
+}
+
+}  // namespace ringspan::RINGSPAN_ISA

@@ -1,0 +1,82 @@
+// Whatever the compiler targets by default: 4 floats in a register (SSE2, NEON), in compiler vectors and plain C++.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace ringspan::baseline {
+
+constexpr int kLanes = 4;
+constexpr int kVectors = 2;  // 6 rows x 2 registers of the 16 that SSE2 has
+constexpr int kRows = 6;
+constexpr int kRowStep = 2;  // ragged tiles run with 2, 4, 6 rows
+
+constexpr bool kHasPairs = false;  // no dot product of bfloat16 pairs
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+
+static inline Floats load(const float* p) {
+    Floats v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+static inline Floats all(float x) { return Floats{x, x, x, x}; }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) { return all(*a) * b + c; }
+
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static inline float float_of_float16(uint32_t half) {
+    const uint32_t sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+    if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
+    // Moved to the place of a float32's exponent and fraction, only the bias of the exponent is wrong: 2^(127 - 15).
+    // The product is exact for denormal halves too.
+    return float_of(sign | magnitude << 13) * 0x1p112f;
+}
+
+static inline Floats widen_bfloat16(const uint16_t* p) {
+    return Floats{float_of(uint32_t{p[0]} << 16), float_of(uint32_t{p[1]} << 16), float_of(uint32_t{p[2]} << 16), float_of(uint32_t{p[3]} << 16)};
+}
+
+static inline Floats widen_float16(const uint16_t* p) {
+    return Floats{float_of_float16(p[0]), float_of_float16(p[1]), float_of_float16(p[2]), float_of_float16(p[3])};
+}
+
+// condition ? x : y, lane by lane, for lanes of all ones or all zeros
+static inline Floats where(Ints condition, Floats x, Floats y) { return (Floats)((condition & (Ints)x) | (~condition & (Ints)y)); }
+
+// visible ? x : y, lane by lane, for lanes with lo <= key < hi
+static inline Floats where_inside(Ints key, Ints lo, Ints hi, Floats x, Floats y) { return where((lo <= key) & (key < hi), x, y); }
+
+// The larger lane; where x is NaN, y.
+static inline Floats larger(Floats x, Floats y) { return where(x > y, x, y); }
+static inline bool any_above(Floats x, float limit) { return x[0] > limit || x[1] > limit || x[2] > limit || x[3] > limit; }
+
+// floor(x) within the range in which 2^floor(x) can be built from exponent bits: 2^-127 gives 0, 2^128 inf.
+static inline Ints floor_exponent(Floats x) {
+    Floats y = where(x >= all(-127), x, all(-127));  // NaN too: its fraction carries the NaN on
+    y = where(y <= all(128), y, all(128));
+    const Ints toward_zero = __builtin_convertvector(y, Ints);
+    return toward_zero + (Ints)(__builtin_convertvector(toward_zero, Floats) > y);  // a true comparison is -1
+}
+
+// x - floor(x), 0 for -inf; and p * 2^floor(x), 0 for -inf, NaN for NaN.
+static inline Floats fraction(Floats x) {
+    const Floats y = where(x < all(-127), all(-127), where(x > all(128), all(128), x));
+    return y - __builtin_convertvector(floor_exponent(x), Floats);
+}
+static inline Floats times_power_of_two(Floats p, Floats x) { return p * (Floats)((floor_exponent(x) + 127) << 23); }
+
+static inline void transpose(Floats (&row)[kLanes]) {
+    float copy[kLanes][kLanes];
+    for (int i = 0; i < kLanes; ++i) store(copy[i], row[i]);
+    for (int i = 0; i < kLanes; ++i) row[i] = Floats{copy[0][i], copy[1][i], copy[2][i], copy[3][i]};
+}
+
+}  // namespace ringspan::baseline

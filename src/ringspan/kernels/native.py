@@ -1,0 +1,83 @@
+"""The C++ kernel of csrc/: float32, bfloat16 and float16 on CPUs, any intervals, with threads of its own."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringspan.kernels.threads import num_threads
+from ringspan.state import SoftmaxState
+from ringspan.tile import RowIntervals
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_HEAD_DIM = 256
+
+_missing: str | None = None
+try:
+    from ringspan import _native
+except ImportError as error:
+    if os.environ.get("RINGSPAN_REQUIRE_NATIVE") == "1":
+        raise
+    _missing = f"the compiled module is not there ({error}); install ringspan with a C++20 compiler to have it"
+
+
+class Native:
+    name = "native"
+    sets_threads = True
+
+    def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
+        if _missing is not None:
+            return _missing
+        if device.type != "cpu":
+            return f"it serves CPU tensors, these are on {device.type}"
+        if dtype not in _DTYPES:
+            return f"its arithmetic is float32, {dtype} needs more"
+        if head_dim > _LARGEST_HEAD_DIM:
+            return f"it serves head_dim up to {_LARGEST_HEAD_DIM}, not {head_dim}"
+        return None
+
+    def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
+        _native.absorb(
+            state.acc,
+            state.row_max,
+            state.row_sum,
+            *(x.detach() for x in (q, k, v)),
+            scale=scale,
+            num_threads=num_threads(),
+            **_visibility(visible),
+        )
+
+    def absorb_gradient(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        visible: RowIntervals,
+        scale: float,
+    ) -> None:
+        _native.absorb_gradient(
+            dq,
+            dk,
+            dv,
+            *(x.detach() for x in (q, k, v, do, lse, delta)),
+            scale=scale,
+            num_threads=num_threads(),
+            **_visibility(visible),
+        )
+
+
+def _visibility(visible: RowIntervals) -> dict[str, Any]:
+    if visible.band is not None:
+        return {"lower": visible.band.lower, "upper": visible.band.upper}
+    lo, hi = visible.arrays()
+    return {"lo": lo.astype(np.int32), "hi": hi.astype(np.int32)}

@@ -1,0 +1,207 @@
+// Runs the kernels of every instruction set over awkward shapes, for a build with sanitizers. Inputs end where their memory
+// ends, so that a read past them is seen; results are compared with a float64 definition.
+//
+//     sanitize            all kernels, one thread and several
+//     sanitize threads    the pool only: many calls from many threads at once
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "threads.h"
+
+using namespace ringspan;
+
+namespace {
+
+int failures = 0;
+
+struct Case {
+    Sizes sizes;
+    int64_t lower, upper;
+    bool dims_first;  // [.., d, s] storage
+    DType dtype;
+};
+
+struct Problem {
+    Case c;
+    std::vector<float> q, k, v, dout;           // values, [B, heads, tokens, D]
+    std::vector<uint16_t> q16, k16, v16, dout16;  // the same in bfloat16 or float16
+    std::vector<float> acc, row_max, row_sum, lse, delta, dq, dk, dv;
+};
+
+int64_t rows(const Sizes& s) { return s.batch * s.heads * s.queries; }
+
+Input view(const Case& c, const std::vector<float>& wide, const std::vector<uint16_t>& narrow, int64_t heads, int64_t tokens) {
+    const int64_t dim = c.sizes.dim;
+    const void* data = c.dtype == DType::float32 ? static_cast<const void*>(wide.data()) : narrow.data();
+    if (c.dims_first) return {data, c.dtype, {heads * tokens * dim, tokens * dim, 1, tokens}};
+    return {data, c.dtype, {heads * tokens * dim, tokens * dim, dim, 1}};
+}
+
+// Small multiples of 1/8 are exact in both 16 bit formats.
+void fill(const Case& c, std::mt19937& random, std::vector<float>& wide, std::vector<uint16_t>& narrow, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const float x = static_cast<float>(static_cast<int>(random() % 31) - 15) / 8;
+        uint32_t bits;
+        memcpy(&bits, &x, sizeof bits);
+        wide.push_back(x);
+        const uint32_t magnitude = bits & 0x7fffffff;
+        const uint32_t half = magnitude ? (bits >> 16 & 0x8000) | ((magnitude >> 13) - (112 << 10)) : 0;
+        if (c.dtype != DType::float32) narrow.push_back(static_cast<uint16_t>(c.dtype == DType::bfloat16 ? bits >> 16 : half));
+    }
+}
+
+float at(const Case& c, const std::vector<float>& x, int64_t heads, int64_t tokens, int64_t b, int64_t h, int64_t t, int64_t d) {
+    const int64_t dim = c.sizes.dim, head = (b * heads + h) * tokens * dim;
+    return x[head + (c.dims_first ? d * tokens + t : t * dim + d)];
+}
+
+Mask mask_of(const Case& c) { return {c.lower, c.upper, nullptr, nullptr, {}, {}}; }
+
+void forward(Problem& p, int num_threads) {
+    const Sizes& s = p.c.sizes;
+    p.acc.assign(rows(s) * s.dim, 0);
+    p.row_max.assign(rows(s), -INFINITY);
+    p.row_sum.assign(rows(s), 0);
+    const int64_t t = s.queries, ht = s.heads * t;
+    absorb({s, {p.acc.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.row_max.data(), {ht, t, 1}}, {p.row_sum.data(), {ht, t, 1}},
+            view(p.c, p.q, p.q16, s.heads, t), view(p.c, p.k, p.k16, s.kv_heads, s.keys), view(p.c, p.v, p.v16, s.kv_heads, s.keys), 0.25f, mask_of(p.c)},
+           num_threads);
+}
+
+void backward(Problem& p, int num_threads) {
+    const Sizes& s = p.c.sizes;
+    const int64_t t = s.queries, ht = s.heads * t, n = s.keys, kn = s.kv_heads * n;
+    p.dq.assign(rows(s) * s.dim, 0);
+    p.dk.assign(s.batch * kn * s.dim, 0);
+    p.dv = p.dk;
+    p.lse.resize(rows(s));
+    p.delta.assign(rows(s), 0.5f);
+    for (int64_t i = 0; i < rows(s); ++i) p.lse[i] = p.row_max[i] + logf(p.row_sum[i]);
+    absorb_gradient({s, {p.dq.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.dk.data(), {kn * s.dim, n * s.dim, s.dim, 1}},
+                     {p.dv.data(), {kn * s.dim, n * s.dim, s.dim, 1}}, view(p.c, p.q, p.q16, s.heads, t), view(p.c, p.k, p.k16, s.kv_heads, n),
+                     view(p.c, p.v, p.v16, s.kv_heads, n), view(p.c, p.dout, p.dout16, s.heads, t), {p.lse.data(), {ht, t, 1}},
+                     {p.delta.data(), {ht, t, 1}}, 0.25f, mask_of(p.c)},
+                    num_threads);
+}
+
+void expect(bool holds, const Case& c, const char* what) {
+    if (holds) return;
+    ++failures;
+    printf("%s: T %ld S %ld D %ld heads %ld/%ld\n", what, (long)c.sizes.queries, (long)c.sizes.keys, (long)c.sizes.dim, (long)c.sizes.heads, (long)c.sizes.kv_heads);
+}
+
+bool near(const std::vector<float>& got, const std::vector<double>& expected) {
+    double error = 0, size = 1e-30;
+    for (size_t i = 0; i < got.size(); ++i) error += (got[i] - expected[i]) * (got[i] - expected[i]), size += expected[i] * expected[i];
+    return sqrt(error / size) < 1e-5;
+}
+
+void check(const Problem& p) {
+    const Case& c = p.c;
+    const Sizes& s = c.sizes;
+    std::vector<double> out(p.acc.size()), dq(p.dq.size()), dk(p.dk.size()), dv(p.dv.size());
+    std::vector<float> got = p.acc;
+    for (int64_t row = 0; row < rows(s); ++row) {
+        const int64_t i = row % s.queries, h = row / s.queries % s.heads, b = row / s.queries / s.heads, kv = h / s.group();
+        double total = 0;
+        for (int64_t j = std::max<int64_t>(0, i + c.lower); j < std::min(s.keys, i + c.upper); ++j) {
+            double score = 0, dp = 0;
+            for (int64_t d = 0; d < s.dim; ++d) {
+                score += 0.25 * at(c, p.q, s.heads, s.queries, b, h, i, d) * at(c, p.k, s.kv_heads, s.keys, b, kv, j, d);
+                dp += static_cast<double>(at(c, p.dout, s.heads, s.queries, b, h, i, d)) * at(c, p.v, s.kv_heads, s.keys, b, kv, j, d);
+            }
+            const double weight = exp(score), probability = exp(score - p.lse[row]), ds = probability * (dp - 0.5);
+            total += weight;
+            for (int64_t d = 0; d < s.dim; ++d) {
+                const int64_t key = ((b * s.kv_heads + kv) * s.keys + j) * s.dim + d;
+                out[row * s.dim + d] += weight * at(c, p.v, s.kv_heads, s.keys, b, kv, j, d);
+                dq[row * s.dim + d] += 0.25 * ds * at(c, p.k, s.kv_heads, s.keys, b, kv, j, d);
+                dk[key] += 0.25 * ds * at(c, p.q, s.heads, s.queries, b, h, i, d);
+                dv[key] += probability * at(c, p.dout, s.heads, s.queries, b, h, i, d);
+            }
+        }
+        for (int64_t d = 0; d < s.dim; ++d) {
+            out[row * s.dim + d] /= total > 0 ? total : 1;
+            got[row * s.dim + d] /= p.row_sum[row] > 0 ? p.row_sum[row] : 1;
+        }
+    }
+    expect(near(got, out), c, "forward");
+    expect(near(p.dq, dq), c, "dq");
+    expect(near(p.dk, dk), c, "dk");
+    expect(near(p.dv, dv), c, "dv");
+}
+
+Problem problem_of(const Case& c, unsigned seed) {
+    std::mt19937 random(seed);
+    Problem p{c, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+    const Sizes& s = c.sizes;
+    fill(c, random, p.q, p.q16, rows(s) * s.dim);
+    fill(c, random, p.dout, p.dout16, rows(s) * s.dim);
+    fill(c, random, p.k, p.k16, s.batch * s.kv_heads * s.keys * s.dim);
+    fill(c, random, p.v, p.v16, s.batch * s.kv_heads * s.keys * s.dim);
+    for (auto* x : {&p.q, &p.k, &p.v, &p.dout}) x->shrink_to_fit();
+    for (auto* x : {&p.q16, &p.k16, &p.v16, &p.dout16}) x->shrink_to_fit();
+    return p;
+}
+
+void check_all_shapes() {
+    const int64_t far = int64_t{1} << 40;
+    const int64_t shapes[][3] = {{1, 1, 1}, {29, 17, 3}, {28, 128, 16}, {65, 129, 33}, {230, 260, 8}, {57, 300, 64}, {100, 31, 130}, {5, 7, 256}};
+    const int64_t bands[][2] = {{-far, far}, {-far, 1}, {-20, 3}, {40, far}, {-far, -60}, {5, 2}};
+    unsigned seed = 0;
+    for (const auto& shape : shapes) {
+        for (const auto& band : bands) {
+            for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
+                const int64_t kv = 1 + seed % 2, group = 1 + seed / 2 % 3;
+                Problem p = problem_of({{1 + seed % 2, kv * group, kv, shape[0], shape[1], shape[2]}, band[0], band[1], seed % 3 == 0, dtype}, seed);
+                ++seed;
+                forward(p, 1);
+                backward(p, 1);
+                check(p);
+                const Problem alone = p;
+                forward(p, 4);
+                backward(p, 4);
+                expect(p.acc == alone.acc && p.dq == alone.dq && p.dk == alone.dk && p.dv == alone.dv, p.c, "threads change bits");
+            }
+        }
+    }
+}
+
+void check_threads() {
+    std::vector<std::thread> callers;
+    for (unsigned n = 0; n < 4; ++n) {
+        callers.emplace_back([n] {
+            Problem p = problem_of({{1, 2, 1, 150, 500, 8}, -1000, 1, false, DType::float32}, n);
+            forward(p, 1);
+            backward(p, 1);
+            const Problem alone = p;
+            for (int round = 0; round < 20; ++round) {
+                forward(p, 2 + round % 3);
+                backward(p, 2 + round % 3);
+                expect(p.acc == alone.acc && p.dq == alone.dq && p.dk == alone.dk, p.c, "threads change bits");
+            }
+        });
+    }
+    for (auto& caller : callers) caller.join();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    if (argc > 1 && strcmp(argv[1], "threads") == 0) {
+        check_threads();
+    } else {
+        check_all_shapes();
+        check_threads();
+    }
+    printf("%s: %d failures, %d helpers\n", kernels().name, failures, num_helpers());
+    return failures != 0;
+}
