@@ -122,9 +122,9 @@ def many_calls(rank):
         again = ring(None, case)
     gc.collect()
     assert all(torch.equal(again[name], x) for name, x in first.items())
-    # The store opens its file for an instant whenever a rank that waits looks into it: one more or less is no leak.
+    # gloo lets go of some files late, and the store opens one for an instant: what counts is that none pile up.
     after = open_files(), threading.active_count()
-    assert all(abs(x - y) <= 1 for x, y in zip(after, before, strict=True)), (before, after)
+    assert all(x <= y + 1 for x, y in zip(after, before, strict=True)), (before, after)
 
 
 def test_many_calls_leave_no_file_and_no_thread_behind():
