@@ -30,7 +30,7 @@ CASES = [
     for options in ({}, dict(causal=True), dict(causal=True, window_size=(20, 0)), dict(cu_seqlens=[0, 40, 40, 129]))
 ] + [
     Case(2, layout="striped", options=dict(causal=True)),
-    Case(700, 4, 4, 64, layout="zigzag", dtype=torch.bfloat16, options=dict(causal=True)),  # not packed: K, V apart
+    Case(700, 4, 4, 64, layout="zigzag", dtype=torch.bfloat16, options=dict(causal=True)),
     Case(700, 8, 1, 64, batch=2, options=dict(causal=True)),
     Case(30, 2, 2, keys=75),
 ]

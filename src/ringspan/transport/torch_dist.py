@@ -31,11 +31,6 @@ from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transpor
 _TAG_BIT = 1 << 30
 _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 
-# Two messages of half the size cost one more round of gloo's handshake; one message costs a copy. Below this
-# size of a parcel the copy is cheaper (benchmarks/messages.py).
-PACK_BYTES = 256 << 10
-_ALIGN = 16
-
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
 
@@ -168,11 +163,12 @@ class _DistChannel(Channel):
         operations: list[tuple[Callable, Tensor, int, int]] = []
         for peer, spec in receives:
             parcel = self._buffer(spec)
-            messages = posted.add_receive(parcel, spec)
-            operations += [(dist.irecv, message, peer, place) for place, message in enumerate(messages)]
+            posted.received.append(parcel)
+            operations += [(dist.irecv, x, peer, place) for place, x in enumerate(parcel.tensors)]
         for peer, parcel in sends:
-            messages = posted.add_send(parcel)
-            operations += [(dist.isend, message, peer, place) for place, message in enumerate(messages)]
+            messages = [x.contiguous() for x in parcel.tensors]
+            posted.kept += messages
+            operations += [(dist.isend, x, peer, place) for place, x in enumerate(messages)]
         if not operations:
             return posted
         posted.peers = [self._members[peer] for _, _, peer, _ in operations]
@@ -217,24 +213,11 @@ class _Posted(Pending):
     def __init__(self, transport: TorchDistTransport, where: str) -> None:
         self._transport = transport
         self._where = where
-        self._received: list[tuple[Parcel, Tensor | None]] = []
-        self._kept: list[Tensor] = []
+        self.received: list[Parcel] = []
+        self.kept: list[Tensor] = []
         self.works: list = []
         self.peers: list[int] = []
         self.refused: RuntimeError | None = None
-
-    def add_receive(self, parcel: Parcel, spec: Spec) -> list[Tensor]:
-        if not _packs(parcel.tensors):
-            self._received.append((parcel, None))
-            return list(parcel.tensors)
-        packed = torch.empty(_packed_bytes(parcel.tensors), dtype=torch.uint8, device=spec.device)
-        self._received.append((parcel, packed))
-        return [packed]
-
-    def add_send(self, parcel: Parcel) -> list[Tensor]:
-        messages = [_pack(parcel.tensors)] if _packs(parcel.tensors) else [x.contiguous() for x in parcel.tensors]
-        self._kept += messages
-        return messages
 
     def wait(self) -> list[Parcel]:
         def waiting_for(peer: int | str) -> str:
@@ -245,11 +228,8 @@ class _Posted(Pending):
             raise self._transport._gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
         if self.works:
             self._transport.wait(self.works, self.peers, waiting_for)
-        self._kept.clear()
-        for parcel, packed in self._received:
-            if packed is not None:
-                _unpack(packed, parcel.tensors)
-        return [parcel for parcel, _ in self._received]
+        self.kept.clear()
+        return self.received
 
 
 def _allocate(spec: Spec) -> tuple[Tensor, ...]:
@@ -260,40 +240,6 @@ def _allocate(spec: Spec) -> tuple[Tensor, ...]:
 def _spec_of(parcel: Parcel) -> Spec:
     tensors = parcel.tensors
     return Spec(tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors), tensors[0].device)
-
-
-def _packs(tensors: Sequence[Tensor]) -> bool:
-    """Whether a parcel goes as one message; both ends know, since both know shapes and dtypes."""
-    return len(tensors) > 1 and sum(x.numel() * x.element_size() for x in tensors) <= PACK_BYTES
-
-
-def _places(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """[start, stop) in bytes of each tensor in the packed message."""
-    places, start = [], 0
-    for x in tensors:
-        stop = start + x.numel() * x.element_size()
-        places.append((start, stop))
-        start = -(-stop // _ALIGN) * _ALIGN
-    return places
-
-
-def _packed_bytes(tensors: Sequence[Tensor]) -> int:
-    return _places(tensors)[-1][1]
-
-
-def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    packed = torch.zeros(_packed_bytes(tensors), dtype=torch.uint8, device=tensors[0].device)
-    _each_view(packed, tensors, lambda view, x: view.copy_(x))
-    return packed
-
-
-def _unpack(packed: Tensor, tensors: Sequence[Tensor]) -> None:
-    _each_view(packed, tensors, lambda view, x: x.copy_(view))
-
-
-def _each_view(packed: Tensor, tensors: Sequence[Tensor], act) -> None:
-    for (start, stop), x in zip(_places(tensors), tensors, strict=True):
-        act(packed[start:stop].view(x.dtype).view(x.shape), x)
 
 
 class _Outcome(Future):
