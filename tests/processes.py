@@ -31,7 +31,12 @@ class Ending:
 
 
 def run_processes(
-    fn: Callable[..., Any], num_ranks: int, *args: Any, group_timeout_s: float = 60, limit_s: float = 120
+    fn: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    group_timeout_s: float = 60,
+    limit_s: float = 120,
+    backend: str | None = "gloo",
 ) -> list[Ending]:
     """fn(rank, *args) in num_ranks processes that form the default gloo group. Never waits beyond limit_s."""
     with tempfile.TemporaryDirectory() as folder:
@@ -39,7 +44,9 @@ def run_processes(
         for rank in range(num_ranks):
             ours, theirs = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_work, args=(theirs, fn, rank, num_ranks, folder + "/store", group_timeout_s, args), daemon=True
+                target=_work,
+                args=(theirs, fn, rank, num_ranks, folder + "/store", group_timeout_s, backend, args),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -60,13 +67,22 @@ def results(endings: list[Ending]) -> list[Any]:
     return [ending.value for ending in endings]
 
 
-def _work(pipe: Connection, fn: Callable, rank: int, num_ranks: int, store: str, timeout_s: float, args: tuple) -> None:
+def _work(
+    pipe: Connection,
+    fn: Callable,
+    rank: int,
+    num_ranks: int,
+    store: str,
+    timeout_s: float,
+    backend: str | None,
+    args: tuple,
+) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.FileStore(store, num_ranks),
             rank=rank,
             world_size=num_ranks,

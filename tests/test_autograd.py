@@ -81,9 +81,9 @@ def grads_of(loss, inputs):
 def compile_and_checkpoint(rank):
     inputs = tensors(seed=rank)
 
-    def fn(q, k, v):
+    def fn(q, k, v, documents=(0, 31, 48)):
         out, lse = ringspan.ring_attention(
-            q * 2, k, v, causal=True, layout="zigzag", cu_seqlens=[0, 31, 48], return_lse=True
+            q * 2, k, v, causal=True, layout="zigzag", cu_seqlens=documents, return_lse=True
         )
         return out.square().sum() + lse.sum()
 
@@ -91,6 +91,9 @@ def compile_and_checkpoint(rank):
     expected = grads_of(plain, inputs)
     found = {"compile": torch.compile(fn, fullgraph=True, backend="aot_eager")(*inputs)}
     ways = {"compile": grads_of(found["compile"], inputs)}
+    documents = torch.tensor([0, 31, 48])
+    found["compile, a tensor of documents"] = torch.compile(fn, fullgraph=True, backend="aot_eager")(*inputs, documents)
+    ways["compile, a tensor of documents"] = grads_of(found["compile, a tensor of documents"], inputs)
     for reentrant in (False, True):
         name = f"checkpoint {reentrant}"
         found[name] = checkpoint(fn, *inputs, use_reentrant=reentrant)

@@ -50,6 +50,13 @@ REFUSALS = {
     "documents start": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[1, 24])), ValueError, "begin with 0"),
     "documents order": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[0, 9, 3, 24])), ValueError, "not decrease"),
     "causal": (lambda q, k, v: ((q, k, v), dict(causal=1)), TypeError, "causal must be a bool"),
+    "transport": (lambda q, k, v: ((q, k, v), dict(transport="pigeon")), ValueError, "transport is unknown"),
+    "kernel type": (lambda q, k, v: ((q, k, v), dict(kernel=None)), TypeError, "kernel must be a name"),
+    "window size": (lambda q, k, v: ((q, k, v), dict(window_size=(2**70, 0))), ValueError, "at least -1"),
+    "scale size": (lambda q, k, v: ((q, k, v), dict(softmax_scale=10**400)), ValueError, "must be finite"),
+    "documents size": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=(0, 2**70))), ValueError, "64-bit"),
+    "documents type": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.zeros(2))), TypeError, "tensor of integers"),
+    "documents words": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=["a"])), TypeError, "must hold integers"),
 }
 
 

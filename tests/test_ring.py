@@ -237,3 +237,31 @@ def test_shard_and_unshard_differentiate_the_sum_of_all_ranks_losses():
 
     # Every rank's loss holds every token: 1 + 2 + 3 for each, and each rank's x feeds its own shard only.
     assert torch.equal(torch.stack(run_local(work, 3)).sum(0), torch.full((10,), 6.0))
+
+
+def test_without_agreement_ranks_may_still_hold_their_tensors_in_any_layout_of_memory():
+    q, k, v, *_ = Case(30).tensors()
+
+    def work(group, agreement):
+        mine = [ringspan.shard(x, 2) for x in (q, k, v)]
+        if group.rank() == 1:
+            mine[1] = mine[1].mT.contiguous().mT
+        return ringspan.ring_attention(*mine, agreement=agreement)
+
+    for mine, expected in zip(run_local(work, 3, False), run_local(work, 3, True), strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_ranks_that_differ_in_what_unshard_differentiates_are_told():
+    def work(group):
+        with pytest.raises(ringspan.DisagreementError, match="requires_grad"):
+            ringspan.unshard(torch.zeros(3, requires_grad=group.rank() == 0), 0)
+
+    run_local(work, 2, timeout=30)
+
+
+def test_a_second_derivative_of_unshard_is_refused():
+    x = torch.ones(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(ringspan.unshard(x, 0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()

@@ -289,5 +289,13 @@ def test_workers_of_unequal_length_and_different_replica_groups_are_told():
         with pytest.raises(ringspan.DisagreementError, match="disagree on replica_groups"):
             ring_attention_spmd_fwd(x, x, x.mT, num_workers=2, replica_groups=rings)
 
+    def bounded(group):
+        x = torch.randn(1, 2, 8, 4)
+        bounds = dict(bound_min=torch.zeros(2, 8, 1), bound_max=torch.ones(2, 8, 1)) if group.rank() else {}
+        options = dict(num_workers=2, use_causal_mask=True, striped_input=True, softmax_scale=1.0, tp_q=True, tp_k=True)
+        with pytest.raises(ringspan.DisagreementError, match="whether bounds are given"):
+            ring_attention_spmd_fwd(x, x, x, **options, **bounds)
+
+    run_local(bounded, 2, timeout=30)
     run_local(unequal, 2, timeout=30)
     run_local(regrouped, 4, timeout=30)

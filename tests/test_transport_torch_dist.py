@@ -51,6 +51,16 @@ def test_rings_of_processes_are_exact_and_have_the_bits_of_rings_of_threads(num_
         assert all(torch.equal(found[0][place][name], x) for name, x in threads.items())
 
 
+def one_case(rank):
+    return ring(None, CASES[1])
+
+
+@pytest.mark.parametrize("backend", [None, "cpu:gloo"])
+def test_a_group_made_without_naming_gloo_alone_serves_cpu_tensors(backend):
+    for found in results(run_processes(one_case, 2, backend=backend)):
+        check(CASES[1], found)
+
+
 def groups_in_groups(rank):
     """Two groups at once in one process, from two threads; a mesh's axes; and a group that leaves the caller out."""
     case = Case(60, layout="zigzag", options=dict(causal=True))

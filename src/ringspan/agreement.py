@@ -84,7 +84,8 @@ def unchecked(terms: Terms | RingspanError, size: int) -> Agreed:
     """What agreement=False takes for granted: the other ranks have the same arguments and lengths."""
     if isinstance(terms, RingspanError):
         raise terms
-    return Agreed((terms.num_queries,) * size, (terms.num_keys,) * size, terms.flipped)
+    # How tensors lie in memory is not an argument, so it may differ: they are sent as [.., T, D].
+    return Agreed((terms.num_queries,) * size, (terms.num_keys,) * size, flipped=0)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 from ringspan import call, reshard
 from ringspan.autograd import attend
 from ringspan.call import normalised_options
-from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
-from ringspan.transport.table import group_name, resolve
+from ringspan.transport.table import check_transport, group_name, resolve
 
 
 class _Options(TypedDict, total=False):
@@ -92,13 +92,15 @@ def ring_attention(
         PeerRefusedError, DisagreementError (ValueError): another rank's do, or the ranks' do not belong together.
         RankFailedError (RuntimeError): a rank died, raised, or did not come within the group's timeout.
     """
-    name = group_name(group, transport)
+    name = group_name(group)
     try:
+        check_transport(name, transport)
         q, k, v = _autocast(q, k, v)
+        documents = call.documents_tensor(cu_seqlens)
         options = normalised_options(
             causal=causal,
             window_size=window_size,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=None,  # its values are looked at inside of the op, so that graphs may hold a tensor
             layout=layout,
             softmax_scale=softmax_scale,
             kernel=kernel,
@@ -107,13 +109,10 @@ def ring_attention(
         )
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
-    except RingspanError as refusal:
+    except Exception as error:
         if agreement is False:
             raise
-        call.refuse(resolve(name), refusal)
-    documents = None
-    if options.cu_seqlens is not None:
-        documents = torch.tensor(options.cu_seqlens, dtype=torch.int64)
+        call.refuse(resolve(name), error)
     out, lse = attend(
         q,
         k,
@@ -147,7 +146,7 @@ def shard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None)
 def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
     """The full tensor on every rank, from every rank's shard along `dim`: the inverse of `shard`.
 
-    Every rank of the group must call it, forward and backward. Differentiable: a shard's gradient is the sum
+    Every rank of the group must call it, forward and backward. Differentiable, once: a shard's gradient is the sum
     over the ranks of the gradients that they have for it (the gradient of the sum of all ranks' losses),
     summed in float32.
     """
@@ -155,8 +154,8 @@ def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = Non
     try:
         dim = _checked_dim(x, dim)
         split(layout, 0, 1)
-    except RingspanError as refusal:
-        call.refuse(resolve(name), refusal)
+    except Exception as error:
+        call.refuse(resolve(name), error)
     return reshard.unshard(x, dim, layout, name)
 
 
@@ -173,8 +172,7 @@ def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None)
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, attention runs in its dtype, as torch's own does."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
+        call.check_tensor(name, x)
     device = q.device.type
     if not torch.is_autocast_enabled(device):
         return q, k, v

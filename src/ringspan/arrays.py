@@ -28,12 +28,12 @@ def kind_of(**named: Any) -> Kind:
 
 
 def to_torch(name: str, x: Any) -> Tensor:
-    """x as a tensor that shares its memory (read-only and reversed NumPy arrays are copied)."""
+    """x as a tensor that shares its memory (read-only, unaligned and reversed NumPy arrays are copied)."""
     if isinstance(x, Tensor):
         return x
     if not isinstance(x, np.ndarray):
         raise ArgumentTypeError(explain(f"{name} must be a torch tensor or a NumPy array.", got=str(type(x))))
-    if not x.flags.writeable or any(stride < 0 for stride in x.strides):
+    if not (x.flags.writeable and x.flags.aligned) or any(stride < 0 for stride in x.strides):
         x = x.copy()
     if x.dtype.name == "bfloat16":
         return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)

@@ -6,7 +6,6 @@ Below the custom ops and the SPMD entries, which both end here.
 from __future__ import annotations
 
 import hashlib
-import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Transport
 
+_LARGEST_INT = 1 << 62
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -72,6 +72,7 @@ class Ring:
             terms[RINGS] = f"{len(self.groups)} groups of {len(self.groups[0])}, digest {digest}"
         if self.equal_lengths:
             terms["seqlen"] = num_queries
+            terms["whether bounds are given"] = self.bounds is not None
         return terms
 
 
@@ -85,6 +86,7 @@ def forward(
 
     def check() -> Terms:
         check_tensors(q, k, v)
+        check_documents(options.cu_seqlens)
         return _terms("ring_attention", (q, k, v), options, ring)
 
     channel, agreed = begin(transport, check, options.agreement, ring)
@@ -139,8 +141,9 @@ def begin(
     return transport.channel(call, members), agreed
 
 
-def refuse(transport: Transport, refusal: RingspanError) -> NoReturn:
+def refuse(transport: Transport, error: Exception) -> NoReturn:
     """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises."""
+    refusal = error if isinstance(error, RingspanError) else ArgumentError(f"{type(error).__name__}: {error}")
     agree(transport, transport.begin_call(), refusal)
     raise refusal
 
@@ -251,6 +254,10 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
         check_tensor(name, x)
+        if x.numel() and x.data_ptr() % x.element_size():
+            raise ArgumentError(
+                explain(f"{name}'s elements must be aligned in memory.", got="a view at an odd address", fix=".clone()")
+            )
     for name in ("k", "v"):
         for what in ("dtype", "device"):
             mine, wanted = getattr(named[name], what), getattr(q, what)
@@ -308,7 +315,7 @@ def normalised_options(
     *,
     causal: bool,
     window_size: Sequence[int],
-    cu_seqlens: Sequence[int] | Tensor | None,
+    cu_seqlens: Sequence[int] | None,
     layout: str,
     softmax_scale: float | None,
     kernel: str,
@@ -324,8 +331,12 @@ def normalised_options(
     left, right = _window(window_size)
     if causal:
         right = 0
+    if not isinstance(kernel, str):
+        raise ArgumentTypeError(explain("kernel must be a name.", got=repr(kernel), fix='"auto"'))
     scale = None if softmax_scale is None else _finite(softmax_scale)
-    return Options(left, right, _documents(cu_seqlens), layout, scale, kernel, agreement, gradients)
+    documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
+    check_documents(documents)
+    return Options(left, right, documents, layout, scale, kernel, agreement, gradients)
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:
@@ -338,7 +349,7 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
     for side in (left, right):
         if isinstance(side, bool) or not isinstance(side, int):
             raise ArgumentTypeError(explain("window_size must be two integers (left, right).", got=repr(window_size)))
-        if side < UNBOUNDED:
+        if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
                 explain("window_size must be at least -1 on each side.", got=repr(window_size), fix="-1 is unbounded")
             )
@@ -348,27 +359,42 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
 def _finite(softmax_scale: float) -> float:
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
         raise ArgumentTypeError(explain("softmax_scale must be a number.", got=repr(softmax_scale)))
-    if not math.isfinite(softmax_scale):
-        raise ArgumentError(explain("softmax_scale must be finite.", got=repr(softmax_scale)))
+    # Kernels scale in float32, where what is larger is infinite.
+    if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
+        raise ArgumentError(explain("softmax_scale must be finite (in float32).", got=repr(softmax_scale)[:80]))
     return float(softmax_scale)
 
 
-def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> tuple[int, ...] | None:
+def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:
+    """cu_seqlens as an int64 tensor on the CPU; its values are checked by `check_documents`."""
     if cu_seqlens is None:
         return None
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
-            raise ArgumentTypeError(
-                explain(
-                    "cu_seqlens must be a 1-D tensor of integers.",
-                    got=f"{cu_seqlens.dtype} of shape {_shape(cu_seqlens)}",
-                )
+    if not isinstance(cu_seqlens, Tensor):
+        return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64)
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+        raise ArgumentTypeError(
+            explain(
+                "cu_seqlens must be a 1-D tensor of integers.",
+                got=f"{cu_seqlens.dtype} of shape {_shape(cu_seqlens)}",
             )
-        cu_seqlens = cu_seqlens.tolist()
+        )
+    return cu_seqlens.detach().to("cpu", torch.int64)
+
+
+def _boundaries(cu_seqlens: Sequence[int]) -> tuple[int, ...]:
     try:
         boundaries = tuple(map(operator.index, cu_seqlens))
     except TypeError:
         raise ArgumentTypeError(explain("cu_seqlens must hold integers.", got=repr(cu_seqlens)[:200])) from None
+    if any(abs(boundary) > _LARGEST_INT for boundary in boundaries):
+        raise ArgumentError(explain("cu_seqlens must hold 64-bit integers.", got=repr(boundaries)[:200]))
+    return boundaries
+
+
+def check_documents(boundaries: tuple[int, ...] | None) -> None:
+    """Refuse boundaries that are not (0, ..., total), in order."""
+    if boundaries is None:
+        return
     if len(boundaries) < 2 or boundaries[0] != 0:
         raise ArgumentError(
             explain(
@@ -382,7 +408,6 @@ def _documents(cu_seqlens: Sequence[int] | Tensor | None) -> tuple[int, ...] | N
             raise ArgumentError(
                 explain("cu_seqlens must not decrease.", got=f"{start} then {stop} at index {place + 1}")
             )
-    return boundaries
 
 
 def _shape(x: Tensor) -> str:

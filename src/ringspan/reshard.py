@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ringspan.agreement import CALL, Terms
 from ringspan.call import begin, running
@@ -24,15 +25,15 @@ def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
 
 
 def unshard(x: Tensor, dim: int, layout: str, group: str) -> Tensor:
-    full = _Unshard.apply(x, dim, layout, group)
+    full = _Unshard.apply(x, dim, layout, group, torch.is_grad_enabled() and x.requires_grad)
     assert isinstance(full, Tensor)
     return full
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, layout: str, group: str) -> Tensor:
-        channel, agreed, transport = _begin("unshard", x, x.shape[dim], dim, layout, group)
+    def forward(ctx, x: Tensor, dim: int, layout: str, group: str, differentiated: bool) -> Tensor:
+        channel, agreed, transport = _begin("unshard", x, x.shape[dim], dim, layout, group, differentiated)
         places = from_lengths(layout, agreed.query_lengths)
         ctx.arguments = (dim, layout, group, x.shape[dim])
         shape = list(x.shape)
@@ -46,9 +47,10 @@ class _Unshard(torch.autograd.Function):
         return full
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_full: Tensor):
         dim, layout, group, length = ctx.arguments
-        channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group)
+        channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group, True)
         places = from_lengths(layout, agreed.query_lengths)
         with running(transport):
             mine = take(d_full, dim, places.ranges(channel.rank))
@@ -61,16 +63,16 @@ class _Unshard(torch.autograd.Function):
             for _, arrived in slices:
                 total = total + arrived
             channel.close()
-        return total.to(d_full.dtype), None, None, None
+        return total.to(d_full.dtype), None, None, None, None
 
 
-def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str):
+def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str, differentiated: bool):
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
     def check() -> Terms:
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
-        common["requires_grad"] = torch.is_grad_enabled() and x.requires_grad
+        common["requires_grad"] = differentiated
         return Terms(common, length)
 
     transport = resolve(group)

@@ -7,6 +7,7 @@ contract gives wrong or surprising results without a word, these refuse or are r
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from ringspan import arrays, call
 from ringspan.arrays import Array
 from ringspan.call import Options, Ring
-from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
 from ringspan.transport.contract import Transport
@@ -81,8 +82,8 @@ def _forward(
         options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
         bounds = _bounds(bound_min, bound_max, tq, use_causal_mask and striped_input)
         ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
-    except RingspanError as refusal:
-        call.refuse(transport, refusal)
+    except Exception as error:
+        call.refuse(transport, error)
     with torch.no_grad():
         out, lse = call.forward(transport, tq, tk, tv, options, ring)
         o = arrays.from_torch(out, kind)
@@ -129,12 +130,14 @@ def _backward(
         call.check_tensors(q, k, v)
         _check_lengths(q, k)
         _check_cores("lnc_size", lnc_size)
-        lse = _unfolded(arrays.to_torch("lse_ref", lse_ref), q)
+        lse = arrays.to_torch("lse_ref", lse_ref)
+        _check_no_grad("lse_ref", lse)
+        lse = _unfolded(lse, q)
         options = _options(softmax_scale, use_causal_mask, striped_attention, "striped_attention")
         bounds = _bounds(bound_min, bound_max, q, use_causal_mask and striped_attention)
         ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
-    except RingspanError as refusal:
-        call.refuse(transport, refusal)
+    except Exception as error:
+        call.refuse(transport, error)
     # Without a launch, lnc_size says how many cores; the default 1 leaves a plain call all that the worker has.
     with torch.no_grad(), limited_to(lnc_size) if lnc_size > 1 else nullcontext():
         grads = call.backward(transport, dy, None, (q, k, v, out, lse), options, ring)
@@ -187,14 +190,18 @@ def _check_cores(name: str, cores: int) -> None:
 def _check_inputs(tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
         call.check_tensor(name, x)
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ArgumentError(
-                explain(
-                    "the SPMD entries are not differentiable.",
-                    got=f"{name} requires grad",
-                    fix="use ringspan.ring_attention, or call under torch.no_grad()",
-                )
+        _check_no_grad(name, x)
+
+
+def _check_no_grad(name: str, x: Tensor) -> None:
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            explain(
+                "the SPMD entries are not differentiable.",
+                got=f"{name} requires grad",
+                fix="use ringspan.ring_attention, or call under torch.no_grad()",
             )
+        )
 
 
 def _check_lengths(q: Tensor, k: Tensor) -> None:
@@ -256,7 +263,7 @@ def _rings(groups: Groups | None, num_workers: int, transport: Transport) -> tup
             )
         )
     try:
-        rings = tuple(tuple(int(rank) for rank in group) for group in groups)
+        rings = tuple(tuple(map(operator.index, group)) for group in groups)
     except (TypeError, ValueError):
         raise ArgumentTypeError(
             explain("replica_groups must be tuples of ranks.", got=repr(groups)[:200], fix="((0, 1), (2, 3))")
@@ -309,7 +316,9 @@ def _bounds(low: Array | None, high: Array | None, q: Tensor, allowed: bool) -> 
 
 def _bound(name: str, bound: Array, q: Tensor) -> np.ndarray:
     batch, heads, rows, _ = q.shape
-    values = np.asarray(arrays.to_torch(name, bound).detach().to("cpu", torch.float64))
+    tensor = arrays.to_torch(name, bound)
+    _check_no_grad(name, tensor)
+    values = np.asarray(tensor.detach().to("cpu", torch.float64))
     if values.shape == (batch * heads, rows, 1):
         values = values.reshape(batch, heads, rows)
     elif values.shape == (batch, rows):

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 
 _thread = threading.local()
+_MOST = 1024  # that a kernel is asked for
 
 
 def num_threads() -> int:
     """For a kernel call of this thread. Inside run_local torch's number is this worker's share of the cores."""
-    return getattr(_thread, "limit", None) or torch.get_num_threads()
+    return min(getattr(_thread, "limit", None) or torch.get_num_threads(), _MOST)
 
 
 @contextmanager

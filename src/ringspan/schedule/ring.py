@@ -18,7 +18,7 @@ from ringspan.schedule.contract import Hop, Schedule, Step, Travels
 from ringspan.tile import Tile, tiles_between
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
@@ -106,6 +106,6 @@ class _Ring:
         return Hop((rank + 1) % self.num_ranks if goes_on else shard, shard)
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 13)  # a ring of 64 and its masks; a mask may hold thousands of documents
 def _tiles(mask: Mask, query_layout: Layout, key_layout: Layout, query_rank: int, key_rank: int) -> tuple[Tile, ...]:
     return tiles_between(query_layout.ranges(query_rank), key_layout.ranges(key_rank), mask)

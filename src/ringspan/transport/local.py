@@ -105,7 +105,7 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         threading.Thread(target=work, args=(group,), name=f"ringspan-worker-{group.rank()}", daemon=True)
         for group in groups
     ]
-    with _shared_threads(num_workers):
+    with _thread_shares.shared_by(num_workers):
         for thread in threads:
             thread.start()
         try:
@@ -166,18 +166,31 @@ def _carried_modes() -> Callable[[], AbstractContextManager]:
     return entered
 
 
-@contextmanager
-def _shared_threads(num_workers: int):
-    """torch.set_num_threads is one setting for the whole process: set before the workers start, restored after."""
-    before = torch.get_num_threads()
-    share = max(1, before // num_workers)
-    try:
-        if share != before:
-            torch.set_num_threads(share)
-        yield
-    finally:
-        if share != before:
-            torch.set_num_threads(before)
+class _ThreadShares:
+    """torch.set_num_threads is one setting for the whole process: the outermost run_local sets and restores it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth = 0
+        self._before = 0
+
+    @contextmanager
+    def shared_by(self, num_workers: int):
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._before = torch.get_num_threads()
+                torch.set_num_threads(max(1, self._before // num_workers))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if self._depth == 0:
+                    torch.set_num_threads(self._before)
+
+
+_thread_shares = _ThreadShares()
 
 
 class _Board:

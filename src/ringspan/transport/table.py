@@ -16,7 +16,7 @@ TRANSPORTS = ("auto", "local", "torch_dist")
 ALONE = "alone"
 
 
-def group_name(group: Any, transport: str = "auto") -> str:
+def group_name(group: Any) -> str:
     """The name under which `resolve` finds the group again, in this process and thread.
 
     group: a LocalGroup, a ProcessGroup, a 1-D DeviceMesh, or None: the worker's own group inside run_local,
@@ -28,9 +28,7 @@ def group_name(group: Any, transport: str = "auto") -> str:
         group = dist.group.WORLD
     if isinstance(group, DeviceMesh):
         group = _group_of_mesh(group)
-    name = _name_of(group)
-    _check_transport(name, transport)
-    return name
+    return _name_of(group)
 
 
 def _name_of(group: Any) -> str:
@@ -69,7 +67,8 @@ def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     return mesh.get_group()
 
 
-def _check_transport(name: str, transport: str) -> None:
+def check_transport(name: str, transport: str) -> None:
+    """Refuse a transport that is unknown or cannot serve the group of that name."""
     if transport not in TRANSPORTS:
         known = ", ".join(map(repr, TRANSPORTS))
         raise ArgumentError(explain("transport is unknown.", got=repr(transport), fix=f"one of {known}"))

@@ -53,7 +53,7 @@ class TorchDistTransport(Transport):
         self._group = weakref.ref(group)
         self.rank = group.rank()
         self.size = group.size()
-        self.uses_gloo = dist.get_backend(group) == "gloo"
+        self._has_gloo = _gloo_of(group) is not None
         self.timeout_s = _timeout_s(group)
         self._bulletin = _Bulletin(group)
         self._waiter = _Waiter(f"ringspan-waits-of-group-{group.group_name}")
@@ -80,14 +80,14 @@ class TorchDistTransport(Transport):
         return self._num_calls
 
     def agree(self, call: int, message: bytes) -> list[bytes]:
-        device = torch.device("cpu") if self.uses_gloo else torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cpu") if self._has_gloo else torch.device("cuda", torch.cuda.current_device())
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         try:
             work = dist.all_gather(every, mine, group=self.group, async_op=True)
         except RuntimeError as error:  # a neighbour is gone already
             raise self._gave_up(f"every rank to begin call {call}", _said(error), call) from error
-        self.wait([work], [None], lambda _: f"every rank to begin call {call}", call)
+        self.wait([work], [None], lambda _: f"every rank to begin call {call}", device, call)
         return [bytes(part.cpu().numpy()) for part in every]
 
     def channel(self, call: int, members: Sequence[int]) -> Channel:
@@ -98,9 +98,9 @@ class TorchDistTransport(Transport):
         self._failure = self._failure or f"rank {self.rank}: {reason}"
         self._bulletin.report(self.rank, reason)
 
-    def wait(self, works: list, peers: list, waiting_for, roll_call: int | None = None) -> None:
+    def wait(self, works: list, peers: list, waiting_for, device: torch.device, roll_call: int | None = None) -> None:
         """Block until the works are done, in their order; raise RankFailedError when that cannot be any more."""
-        if not self.uses_gloo:
+        if device.type != "cpu":
             for work in works:  # on an accelerator this only orders streams; NCCL's watchdog bounds it
                 work.wait()
             return
@@ -171,6 +171,7 @@ class _DistChannel(Channel):
             operations += [(dist.isend, x, peer, place) for place, x in enumerate(messages)]
         if not operations:
             return posted
+        posted.device = operations[0][1].device
         posted.peers = [self._members[peer] for _, _, peer, _ in operations]
         try:
             posted.works = dist.batch_isend_irecv(
@@ -218,6 +219,7 @@ class _Posted(Pending):
         self.works: list = []
         self.peers: list[int] = []
         self.refused: RuntimeError | None = None
+        self.device = torch.device("cpu")
 
     def wait(self) -> list[Parcel]:
         def waiting_for(peer: int | str) -> str:
@@ -227,7 +229,7 @@ class _Posted(Pending):
             peers = " or ".join(map(str, sorted(set(self.peers))))
             raise self._transport._gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
         if self.works:
-            self._transport.wait(self.works, self.peers, waiting_for)
+            self._transport.wait(self.works, self.peers, waiting_for, self.device)
         self.kept.clear()
         return self.received
 
@@ -332,9 +334,18 @@ def _store(group: dist.ProcessGroup) -> Any:
         return store
 
 
-def _timeout_s(group: dist.ProcessGroup) -> float:
-    device = torch.device("cpu" if dist.get_backend(group) == "gloo" else "cuda")
+def _gloo_of(group: dist.ProcessGroup) -> Any:
+    """The group's gloo, whatever else serves its other devices ("cpu:gloo,cuda:nccl"), or None."""
     try:
-        return group._get_backend(device).options._timeout.total_seconds()
+        backend = group._get_backend(torch.device("cpu"))
+    except RuntimeError:  # none for the CPU
+        return None
+    return backend if backend.name() == "gloo" else None
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    try:
+        backend = _gloo_of(group) or group._get_backend(torch.device("cuda"))
+        return backend.options._timeout.total_seconds()
     except (AttributeError, RuntimeError):
         return dist.constants.default_pg_timeout.total_seconds()
