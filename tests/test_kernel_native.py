@@ -1,5 +1,9 @@
 """The C++ kernel on the instruction set that it chooses here; tests/test_native.py runs the others."""
 
+import os
+import subprocess
+import sys
+
 import torch
 from kernel_behaviour import KernelBehaviour
 
@@ -10,3 +14,30 @@ class TestNative(KernelBehaviour):
     kernel = Native()
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
+
+
+WITHOUT_MODULE = """
+import sys
+sys.modules["ringspan._native"] = None  # what an installation without a compiler amounts to
+import torch
+from ringspan.kernels.table import KERNELS, choose
+print(choose("auto", torch.float32, torch.device("cpu"), 64).name)
+print(KERNELS[0].declines(torch.float32, torch.device("cpu"), 64))
+"""
+
+
+def run_without_module(**environment):
+    command = [sys.executable, "-c", WITHOUT_MODULE]
+    inherited = {name: value for name, value in os.environ.items() if name != "RINGSPAN_REQUIRE_NATIVE"}
+    return subprocess.run(command, env=inherited | environment, capture_output=True, text=True, timeout=60)
+
+
+def test_without_the_compiled_module_auto_takes_torch_ops_and_the_reason_is_told():
+    name, reason = run_without_module().stdout.strip().splitlines()
+    assert name == "torch_ops"
+    assert "the compiled module is not there" in reason and "compiler" in reason
+
+
+def test_where_it_is_required_a_missing_module_is_a_failure():
+    done = run_without_module(RINGSPAN_REQUIRE_NATIVE="1")
+    assert done.returncode != 0 and "ringspan._native" in done.stderr
