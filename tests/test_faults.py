@@ -112,6 +112,22 @@ def by_rank(where, fn, num_ranks, *args):
     return results(run_processes(fn, num_ranks, *args))
 
 
+def test_a_check_that_fails_in_an_unforeseen_way_is_a_refusal_too(monkeypatch):
+    def fail(q, k, v):
+        if threading.current_thread().name.endswith("-1"):
+            raise OSError("unforeseen")
+
+    monkeypatch.setattr("ringspan.call.check_tensors", fail)
+
+    def work(group):
+        with pytest.raises(ringspan.ArgumentError, match="OSError: unforeseen") as caught:
+            ringspan.ring_attention(*shards())
+        return type(caught.value), type(caught.value.__cause__)
+
+    found = run_local(work, 2, timeout=30)
+    assert found == [(ringspan.PeerRefusedError, type(None)), (ringspan.ArgumentError, OSError)]
+
+
 def test_lengths_that_no_zigzag_or_stripe_has_are_refused_on_every_rank():
     def work(group, layout):
         with pytest.raises(ringspan.LayoutError, match="takes only the shard lengths of its own rule"):

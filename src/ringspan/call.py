@@ -133,8 +133,8 @@ def begin(
     terms: Terms | RingspanError
     try:
         terms = check()
-    except RingspanError as refusal:
-        terms = refusal
+    except Exception as error:  # whatever it is, the others must hear of it now and not wait
+        terms = _refusal(error)
     call = transport.begin_call()
     members = ring.members(transport)
     agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
@@ -143,9 +143,17 @@ def begin(
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:
     """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises."""
-    refusal = error if isinstance(error, RingspanError) else ArgumentError(f"{type(error).__name__}: {error}")
+    refusal = _refusal(error)
     agree(transport, transport.begin_call(), refusal)
     raise refusal
+
+
+def _refusal(error: Exception) -> RingspanError:
+    if isinstance(error, RingspanError):
+        return error
+    refusal = ArgumentError(f"{type(error).__name__}: {error}")
+    refusal.__cause__ = error
+    return refusal
 
 
 @contextmanager

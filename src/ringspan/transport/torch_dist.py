@@ -86,7 +86,7 @@ class TorchDistTransport(Transport):
         try:
             work = dist.all_gather(every, mine, group=self.group, async_op=True)
         except RuntimeError as error:  # a neighbour is gone already
-            raise self._gave_up(f"every rank to begin call {call}", _said(error), call) from error
+            raise self.gave_up(f"every rank to begin call {call}", _said(error), call) from error
         self.wait([work], [None], lambda _: f"every rank to begin call {call}", device, call)
         return [bytes(part.cpu().numpy()) for part in every]
 
@@ -113,14 +113,14 @@ class TorchDistTransport(Transport):
             except FutureTimeout:
                 first = self._bulletin.first_failure()
                 if first is not None:
-                    raise self._gave_up(waiting_for(peers[done.position]), None, roll_call) from None
+                    raise self.gave_up(waiting_for(peers[done.position]), None, roll_call) from None
                 if time.monotonic() > deadline:
                     reason = f"no answer within {self.timeout_s:g} s"
-                    raise self._gave_up(waiting_for(peers[done.position]), reason, roll_call) from None
+                    raise self.gave_up(waiting_for(peers[done.position]), reason, roll_call) from None
             except RuntimeError as error:
-                raise self._gave_up(waiting_for(peers[done.position]), _said(error), roll_call) from error
+                raise self.gave_up(waiting_for(peers[done.position]), _said(error), roll_call) from error
 
-    def _gave_up(self, waited_for: str, reason: str | None, roll_call: int | None) -> RankFailedError:
+    def gave_up(self, waited_for: str, reason: str | None, roll_call: int | None) -> RankFailedError:
         """The error to raise, after telling the others and asking who else is still there."""
         if reason is not None:  # first of all, so that the others stop waiting too
             self._bulletin.report(self.rank, f"waited for {waited_for}: {reason}")
@@ -131,7 +131,7 @@ class TorchDistTransport(Transport):
         if reason is not None:
             lines.append(f"  got  {reason}")
         if first is not None and first[0] != self.rank:
-            lines.append(f"  rank {first[0]} failed first: {first[1]}")
+            lines.append(f"  {first[1]}" if first[0] is None else f"  rank {first[0]} failed first: {first[1]}")
         lines.append(f"  fix  look at that rank's own output; the group's timeout is {self.timeout_s:g} s")
         return RankFailedError("\n".join(lines))
 
@@ -227,7 +227,7 @@ class _Posted(Pending):
 
         if self.refused is not None:
             peers = " or ".join(map(str, sorted(set(self.peers))))
-            raise self._transport._gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
+            raise self._transport.gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
         if self.works:
             self._transport.wait(self.works, self.peers, waiting_for, self.device)
         self.kept.clear()
@@ -299,14 +299,15 @@ class _Bulletin:
         with contextlib.suppress(RuntimeError):  # the store's host is gone: then nobody can be told
             self._store.compare_set(f"{self._prefix}/failed", "", json.dumps([rank, reason[:2000]]))
 
-    def first_failure(self) -> tuple[int, str] | None:
+    def first_failure(self) -> tuple[int | None, str] | None:
+        """(rank, reason) of the first that failed; (None, reason) where the store itself is gone."""
         key = f"{self._prefix}/failed"
         try:
             if not self._store.check([key]):
                 return None
             rank, reason = json.loads(self._store.get(key))
         except RuntimeError as error:
-            return -1, f"the process group's store is gone ({str(error).splitlines()[0]})"
+            return None, f"the process group's store is gone ({str(error).splitlines()[0]})"
         return rank, reason
 
     def roll_call(self, rank: int, size: int, call: int) -> str:
