@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ringspan import call, reshard
+from ringspan.arguments import check_tensor, documents_tensor, normalised_options
 from ringspan.autograd import attend
-from ringspan.call import normalised_options
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
 from ringspan.transport.table import check_transport, group_name, resolve
@@ -96,7 +96,7 @@ def ring_attention(
     try:
         check_transport(name, transport)
         q, k, v = _autocast(q, k, v)
-        documents = call.documents_tensor(cu_seqlens)
+        documents = documents_tensor(cu_seqlens)
         options = normalised_options(
             causal=causal,
             window_size=window_size,
@@ -172,7 +172,7 @@ def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None)
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, attention runs in its dtype, as torch's own does."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        call.check_tensor(name, x)
+        check_tensor(name, x)
     device = q.device.type
     if not torch.is_autocast_enabled(device):
         return q, k, v

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringspan import call
-from ringspan.call import Options
+from ringspan.arguments import Options
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
 

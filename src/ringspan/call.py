@@ -6,11 +6,9 @@ Below the custom ops and the SPMD entries, which both end here.
 from __future__ import annotations
 
 import hashlib
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -19,32 +17,16 @@ from torch import Tensor
 
 from ringspan import execute
 from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, unchecked
-from ringspan.errors import ArgumentError, ArgumentTypeError, LayoutError, RingspanError, explain
+from ringspan.arguments import Options, check_documents, check_like, check_tensors
+from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.contract import Kernel
-from ringspan.layout import Layout, check_name, from_lengths
-from ringspan.problem import UNBOUNDED, Mask, Problem
+from ringspan.layout import Layout, from_lengths
+from ringspan.problem import Mask, Problem
 from ringspan.schedule.contract import Travels
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Transport
-
-_LARGEST_INT = 1 << 62
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked, normalised. Window sides: -1 is unbounded. gradients: which of q, k, v require grad."""
-
-    left: int = UNBOUNDED
-    right: int = UNBOUNDED
-    cu_seqlens: tuple[int, ...] | None = None
-    layout: str = "contiguous"
-    scale: float | None = None
-    kernel: str = "auto"
-    agreement: bool = True
-    gradients: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,8 +91,8 @@ def backward(
     def check() -> Terms:
         check_tensors(q, k, v)
         for name, x in (("the gradient of out", do), ("out", out)):
-            _check_like(name, x, q)
-        _check_like("lse", lse, q[..., 0], any_dtype=True)
+            check_like(name, x, q)
+        check_like("lse", lse, q[..., 0], any_dtype=True)
         return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
 
     channel, agreed = begin(transport, check, options.agreement, ring)
@@ -255,172 +237,3 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
 def _lies_flipped(x: Tensor) -> bool:
     """Whether the memory of [B, H, T, D] is that of a contiguous [B, H, D, T]."""
     return x.mT.is_contiguous() and not x.is_contiguous()
-
-
-def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What one rank can see of q [B, H, T, D], k and v [B, K, S, D] by itself."""
-    named = {"q": q, "k": k, "v": v}
-    for name, x in named.items():
-        check_tensor(name, x)
-        if x.numel() and x.data_ptr() % x.element_size():
-            raise ArgumentError(
-                explain(f"{name}'s elements must be aligned in memory.", got="a view at an odd address", fix=".clone()")
-            )
-    for name in ("k", "v"):
-        for what in ("dtype", "device"):
-            mine, wanted = getattr(named[name], what), getattr(q, what)
-            if mine != wanted:
-                raise ArgumentTypeError(
-                    explain(f"q, k and v must share one {what}.", got=f"q: {wanted}, {name}: {mine}", fix="use .to()")
-                )
-    if k.shape != v.shape:
-        raise ArgumentError(explain("k and v must have one shape [B, K, S, D].", got=f"k: {_shape(k)}, v: {_shape(v)}"))
-    for axis, what in ((0, "batch size"), (3, "head_dim")):
-        if q.shape[axis] != k.shape[axis]:
-            raise ArgumentError(explain(f"q and k must have one {what}.", got=f"q: {_shape(q)}, k: {_shape(k)}"))
-    if q.shape[1] % k.shape[1]:
-        raise ArgumentError(
-            explain(
-                "the number of query heads must be a multiple of the number of key/value heads.",
-                got=f"q: {q.shape[1]} heads, k: {k.shape[1]} heads",
-            )
-        )
-
-
-def check_tensor(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
-    # By name: importing torch.distributed.tensor takes half a second.
-    if type(x).__name__ == "DTensor":
-        raise ArgumentTypeError(
-            explain(f"{name} must be this rank's own shard.", got="a DTensor", fix=f"pass {name}.to_local()")
-        )
-    if x.dtype not in DTYPES:
-        known = ", ".join(map(str, DTYPES))
-        raise ArgumentTypeError(explain(f"{name} has an unsupported dtype.", got=str(x.dtype), fix=f"one of {known}"))
-    if x.layout != torch.strided:
-        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=str(x.layout)))
-    if x.ndim != 4:
-        raise ArgumentError(
-            explain(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim].", got=f"shape {_shape(x)}")
-        )
-    if x.shape[1] < 1 or x.shape[3] < 1:
-        raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
-
-
-def _check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:
-    if x.shape != like.shape or not (any_dtype or x.dtype == like.dtype):
-        raise ArgumentError(
-            explain(
-                f"{name} does not fit q.",
-                got=f"{x.dtype} of shape {_shape(x)}",
-                fix=f"expected {'' if any_dtype else like.dtype} {_shape(like)}",
-            )
-        )
-
-
-def normalised_options(
-    *,
-    causal: bool,
-    window_size: Sequence[int],
-    cu_seqlens: Sequence[int] | None,
-    layout: str,
-    softmax_scale: float | None,
-    kernel: str,
-    agreement: bool,
-    gradients: str,
-) -> Options:
-    """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""
-    check_name(layout)
-    if not isinstance(causal, bool):
-        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal)))
-    if not isinstance(agreement, bool):
-        raise ArgumentTypeError(explain("agreement must be a bool.", got=repr(agreement)))
-    left, right = _window(window_size)
-    if causal:
-        right = 0
-    if not isinstance(kernel, str):
-        raise ArgumentTypeError(explain("kernel must be a name.", got=repr(kernel), fix='"auto"'))
-    scale = None if softmax_scale is None else _finite(softmax_scale)
-    documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
-    check_documents(documents)
-    return Options(left, right, documents, layout, scale, kernel, agreement, gradients)
-
-
-def _window(window_size: Sequence[int]) -> tuple[int, int]:
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(
-            explain("window_size must be two integers (left, right).", got=repr(window_size), fix="(-1, -1) is none")
-        ) from None
-    for side in (left, right):
-        if isinstance(side, bool) or not isinstance(side, int):
-            raise ArgumentTypeError(explain("window_size must be two integers (left, right).", got=repr(window_size)))
-        if not UNBOUNDED <= side <= _LARGEST_INT:
-            raise ArgumentError(
-                explain("window_size must be at least -1 on each side.", got=repr(window_size), fix="-1 is unbounded")
-            )
-    return left, right
-
-
-def _finite(softmax_scale: float) -> float:
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise ArgumentTypeError(explain("softmax_scale must be a number.", got=repr(softmax_scale)))
-    # Kernels scale in float32, where what is larger is infinite.
-    if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
-        raise ArgumentError(explain("softmax_scale must be finite (in float32).", got=repr(softmax_scale)[:80]))
-    return float(softmax_scale)
-
-
-def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None:
-    """cu_seqlens as an int64 tensor on the CPU; its values are checked by `check_documents`."""
-    if cu_seqlens is None:
-        return None
-    if not isinstance(cu_seqlens, Tensor):
-        return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64)
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
-        raise ArgumentTypeError(
-            explain(
-                "cu_seqlens must be a 1-D tensor of integers.",
-                got=f"{cu_seqlens.dtype} of shape {_shape(cu_seqlens)}",
-            )
-        )
-    return cu_seqlens.detach().to("cpu", torch.int64)
-
-
-def _boundaries(cu_seqlens: Sequence[int]) -> tuple[int, ...]:
-    try:
-        boundaries = tuple(map(operator.index, cu_seqlens))
-    except TypeError:
-        raise ArgumentTypeError(explain("cu_seqlens must hold integers.", got=repr(cu_seqlens)[:200])) from None
-    if any(abs(boundary) > _LARGEST_INT for boundary in boundaries):
-        raise ArgumentError(explain("cu_seqlens must hold 64-bit integers.", got=repr(boundaries)[:200]))
-    return boundaries
-
-
-def check_documents(boundaries: tuple[int, ...] | None) -> None:
-    """Refuse boundaries that are not (0, ..., total), in order."""
-    if boundaries is None:
-        return
-    if len(boundaries) < 2 or boundaries[0] != 0:
-        raise ArgumentError(
-            explain(
-                "cu_seqlens must begin with 0 and end with the number of tokens.",
-                got=repr(boundaries)[:200],
-                fix="(0, end of the first document, ..., total)",
-            )
-        )
-    for place, (start, stop) in enumerate(pairwise(boundaries)):
-        if stop < start:
-            raise ArgumentError(
-                explain("cu_seqlens must not decrease.", got=f"{start} then {stop} at index {place + 1}")
-            )
-
-
-def _shape(x: Tensor) -> str:
-    return _shape_of(x.shape)
-
-
-def _shape_of(shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ringspan import arrays, call
+from ringspan.arguments import Options, check_tensor, check_tensors, normalised_options
 from ringspan.arrays import Array
-from ringspan.call import Options, Ring
+from ringspan.call import Ring
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
@@ -75,7 +76,7 @@ def _forward(
         _check_inputs(tensors)
         tq, tk, tv = tensors["q"], tensors["k"], tensors["v"]
         tq, tk = (tq if tp_q else tq.mT), (tk if tp_k else tk.mT)
-        call.check_tensors(tq, tk, tv)
+        check_tensors(tq, tk, tv)
         _check_lengths(tq, tk)
         lse_type = _lse_dtype(lse_dtype, tq.dtype)
         arrays.check_returnable(lse_type, kind)
@@ -127,7 +128,7 @@ def _backward(
         tensors = {name: arrays.to_torch(name, x) for name, x in named.items()}
         _check_inputs(tensors)
         q, k, v, out, dy = (x.mT for x in tensors.values())
-        call.check_tensors(q, k, v)
+        check_tensors(q, k, v)
         _check_lengths(q, k)
         _check_cores("lnc_size", lnc_size)
         lse = arrays.to_torch("lse_ref", lse_ref)
@@ -189,7 +190,7 @@ def _check_cores(name: str, cores: int) -> None:
 
 def _check_inputs(tensors: dict[str, Tensor]) -> None:
     for name, x in tensors.items():
-        call.check_tensor(name, x)
+        check_tensor(name, x)
         _check_no_grad(name, x)
 
 
@@ -234,7 +235,7 @@ def _options(scale: float | None, causal: bool, striped: bool, striped_name: str
                 fix="pass q * d ** -0.5 and softmax_scale=1.0",
             )
         )
-    return call.normalised_options(
+    return normalised_options(
         causal=bool(causal),
         window_size=(-1, -1),
         cu_seqlens=None,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ringspan.call import Options, mask_of, normalised_options
+from ringspan.arguments import Options, normalised_options
+from ringspan.call import mask_of
 from ringspan.errors import ArgumentError, explain
 from ringspan.problem import UNBOUNDED, Mask
 

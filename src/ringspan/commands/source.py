@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ringspan.call import check_tensors
+from ringspan.arguments import check_tensors
 from ringspan.errors import ArgumentError, ArgumentTypeError, RingspanError, explain
 
 NAMES = ("q", "k", "v")
