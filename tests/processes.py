@@ -81,13 +81,13 @@ def _work(
 
     torch.set_num_threads(1)
     try:
+        rendezvous = dist.FileStore(store, num_ranks)
         dist.init_process_group(
-            backend,
-            store=dist.FileStore(store, num_ranks),
-            rank=rank,
-            world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
+            backend, store=rendezvous, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=timeout_s)
         )
+        # Nobody begins, or dies, before everybody has the group: through the store, which needs no living peer.
+        rendezvous.set(f"made/{rank}", "")
+        rendezvous.wait([f"made/{other}" for other in range(num_ranks)], timedelta(seconds=timeout_s))
         ending = Ending(fn(rank, *args))
     except Exception as error:
         ending = Ending(error=error, trace=traceback.format_exc())
