@@ -48,20 +48,41 @@ def attention(
     """(out [B, H, T, D], lse [B, H, T])."""
     q, k, v = (x.to(dtype) for x in _expanded(q, k, v))
     weights, lse = _weights(q, k, seen, scale)
-    return weights @ v, lse
+    return _over_seen(weights, v, seen), lse
 
 
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, dtype=torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of sum(out * do) + sum(lse * dlse)."""
+    out, lse = attention(q, k, v, seen, scale, dtype)
+    delta = (out * do.to(dtype)).sum(-1) - dlse.to(dtype)
+    return gradients_given(q, k, v, do, lse, delta, seen, scale, dtype)
+
+
+def gradients_given(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    seen: Tensor,
+    scale: float,
+    dtype=torch.float64,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from rows' lse and delta, which may be of more keys than these."""
     num_kv_heads = k.shape[1]
-    q, k, v, do = (x.to(dtype) for x in (*_expanded(q, k, v), do))
-    weights, _ = _weights(q, k, seen, scale)
-    delta = ((weights @ v) * do).sum(-1) - dlse.to(dtype)
-    d_scores = weights * (do @ v.mT - delta.unsqueeze(-1))
-    dk, dv = (_summed(x, num_kv_heads) for x in (d_scores.mT @ q * scale, weights.mT @ do))
-    return d_scores @ k * scale, dk, dv
+    q, k, v, do, lse, delta = (x.to(dtype) for x in (*_expanded(q, k, v), do, lse, delta))
+    seen = seen & ~lse.isneginf().unsqueeze(-1)  # such a row has no weights
+    scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
+    weights = torch.where(seen, torch.exp(scores - lse.unsqueeze(-1)), 0.0)
+    d_scores = torch.where(seen, weights * (do @ v.mT - delta.unsqueeze(-1)), 0.0)
+    dk, dv = (
+        _summed(x, num_kv_heads)
+        for x in (_over_seen(d_scores.mT, q, seen.mT) * scale, _over_seen(weights.mT, do, seen.mT))
+    )
+    return _over_seen(d_scores, k, seen) * scale, dk, dv
 
 
 def rounding_of_gradients(
@@ -137,6 +158,14 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _summed(x: Tensor, num_kv_heads: int) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1)).sum(2)
+
+
+def _over_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """weights @ values over the pairs that are seen, whatever the hidden ones hold: there is no 0 * NaN in it."""
+    if bool(weights.isfinite().all() and values.isfinite().all()):
+        return weights @ values
+    products = weights.unsqueeze(-1) * values.unsqueeze(-3)
+    return torch.where(seen.unsqueeze(-1), products, 0.0).sum(-2)
 
 
 def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch
+from definition import attention, gradients_given, relative_error, seen_by_intervals
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tile_definition import attention, gradients, relative_error, visible_pairs
 
 from ringspan import _native
+from ringspan.tile import RowIntervals
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 thorough = settings(
@@ -84,7 +85,9 @@ def full_tile(batch, heads, kv_heads, queries, keys, dim, dtype=torch.float32, s
     if lo is None:
         lo = i + mask["lower"] if mask.get("lower") is not None else torch.zeros_like(i)
         hi = i + mask["upper"] if mask.get("upper") is not None else torch.full_like(i, keys)
-    visible = visible_pairs(lo, hi, keys).expand(batch, heads, queries, keys)
+    visible = seen_by_intervals(RowIntervals(queries, keys, None, lo.numpy(), hi.numpy())).expand(
+        batch, heads, queries, keys
+    )
     return Tile((q * spread).to(dtype), k, v, dout, max(dim, 1) ** -0.5, mask, visible)
 
 
@@ -157,7 +160,7 @@ def forward_bound(tile, out):
 @pytest.mark.parametrize(("keys", "dim"), [(300, 64), (4096, 64), (4096, 128), (20000, 16)])
 def test_forward_error_is_at_most_twice_that_of_torch(keys, dim, spread):
     tile = full_tile(1, 2, 1, 100, keys, dim, spread=spread)
-    out, _ = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     torch_out = torch.nn.functional.scaled_dot_product_attention(tile.q, tile.k, tile.v, enable_gqa=True)
     assert relative_error(finalize(*tile.forward())[0], out) <= max(1e-6, 2 * relative_error(torch_out, out))
 
@@ -165,7 +168,7 @@ def test_forward_error_is_at_most_twice_that_of_torch(keys, dim, spread):
 @thorough
 @given(tiles())
 def test_forward_matches_float64(tile):
-    out, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     got_out, got_lse = finalize(*tile.forward())
     seen = tile.visible.any(-1)
     assert relative_error(got_out, out) <= forward_bound(tile, out)
@@ -176,9 +179,9 @@ def test_forward_matches_float64(tile):
 @thorough
 @given(tiles())
 def test_backward_matches_float64(tile):
-    out, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     delta = (out * tile.dout.double()).sum(-1)
-    expected = gradients(tile.q, tile.k, tile.v, tile.dout, lse, delta, tile.scale, tile.visible)
+    expected = gradients_given(tile.q, tile.k, tile.v, tile.dout, lse, delta, tile.visible, tile.scale)
     got = tile.backward(lse.float(), delta.float())
     # Where one key has all the weight, dq and dk are differences of nearly equal numbers: float32 keeps few digits.
     rounding = 2e-7 * (1 + lse[lse.isfinite()].abs().amax().item() if lse.isfinite().any() else 1)
@@ -218,7 +221,7 @@ def test_two_tiles_absorbed_one_after_the_other_are_one_tile(tile, cut):
         _native.absorb(
             *state, tile.q, tile.k[:, :, part], tile.v[:, :, part], scale=tile.scale, num_threads=1, **bounds
         )
-    out, _ = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     assert relative_error(finalize(*state)[0], out) <= 1.5 * forward_bound(tile, out)
 
 
@@ -232,12 +235,12 @@ def test_two_tiles_absorbed_one_after_the_other_are_one_tile(tile, cut):
 def test_forward_keeps_non_finite_values_from_rows_that_do_not_see_them(tile, where, value, place):
     x = getattr(tile, where)
     x[tuple(place // 7**n % size for n, size in enumerate(x.shape))] = value
-    out, _ = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     got, _ = finalize(*tile.forward())
     assert torch.equal(got.isfinite(), out.isfinite())
     finite = out.isfinite()
     clean = Tile(**(vars(tile) | {name: getattr(tile, name).nan_to_num(0.0, 0.0, 0.0) for name in "qkv"}))
-    bound = 2 * forward_bound(clean, attention(clean.q, clean.k, clean.v, clean.scale, clean.visible)[0])
+    bound = 2 * forward_bound(clean, attention(clean.q, clean.k, clean.v, clean.visible, clean.scale)[0])
     assert relative_error(got.where(finite, 0.0), out.where(finite, 0.0)) <= max(5e-6, 10 * bound)
 
 
@@ -249,21 +252,21 @@ def test_forward_keeps_non_finite_values_from_rows_that_do_not_see_them(tile, wh
     st.integers(0, 10**9),
 )
 def test_backward_keeps_non_finite_values_from_gradients_of_hidden_pairs(tile, where, value, place):
-    out, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     delta = (out * tile.dout.double()).sum(-1).float()
     lse = lse.float()
     x = {"lse": lse, "delta": delta}[where] if where in ("lse", "delta") else getattr(tile, where)
     x[tuple(place // 7**n % size for n, size in enumerate(x.shape))] = value
-    expected = gradients(tile.q, tile.k, tile.v, tile.dout, lse, delta, tile.scale, tile.visible)
+    expected = gradients_given(tile.q, tile.k, tile.v, tile.dout, lse, delta, tile.visible, tile.scale)
     for got, reference in zip(tile.backward(lse, delta), expected, strict=True):
         assert got[reference.isfinite()].isfinite().all()
         assert not got[reference.isnan()].isfinite().any()
 
 
 @pytest.mark.parametrize("name", ["lse", "delta", "q", "k", "v", "dout"])
-def test_a_nan_among_hidden_pairs_changes_no_bit_of_the_gradients(name):
+def test_a_nan_among_hidden_pairs_does_not_show_in_the_gradients(name):
     tile = full_tile(1, 2, 1, 300, 300, 24, upper=-200)  # rows 0 .. 200 see nothing, keys 100 .. 299 are never seen
-    out, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     lse, delta = lse.float(), (out * tile.dout).sum(-1).float()
     before = tile.backward(lse, delta)
     x = {"lse": lse, "delta": delta}[name] if name in ("lse", "delta") else getattr(tile, name)
@@ -286,7 +289,7 @@ def test_a_row_that_sees_nothing_keeps_its_bits(tile):
 @settings(thorough, max_examples=15)
 @given(tiles())
 def test_results_have_the_same_bits_whatever_the_number_of_threads(tile):
-    _, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    _, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     runs = [
         [x.clone() for x in tile.forward(n)] + tile.backward(lse.float(), torch.zeros(lse.shape), n)
         for n in (1, 1, 2, 5)
@@ -333,7 +336,7 @@ def test_an_empty_axis_changes_nothing(sizes):
 
 def test_gradients_are_added_to_what_is_there_and_may_be_left_out():
     tile = full_tile(1, 4, 2, 90, 70, 40, upper=1)
-    out, lse = attention(tile.q, tile.k, tile.v, tile.scale, tile.visible)
+    out, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     delta = (out * tile.dout).sum(-1).float()
     dq, dk, dv = tile.backward(lse.float(), delta)
     inputs = (tile.q, tile.k, tile.v, tile.dout, lse.float(), delta)
