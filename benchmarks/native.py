@@ -9,15 +9,14 @@ reports the median of the rounds' ratios and, in brackets, their quartiles. Rate
 
 import argparse
 import math
-import platform
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from pairs import machine
 
 from ringspan import _native
 
@@ -208,8 +207,8 @@ def main():
     x, y = torch.randn(MATMUL_SIZE, MATMUL_SIZE), torch.randn(MATMUL_SIZE, MATMUL_SIZE)
     result = torch.empty(MATMUL_SIZE, MATMUL_SIZE)
     matmul = partial(torch.mm, x, y, out=result)
-    print(f"python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}, {_native.info()}")
-    print(f"{args.threads} threads, {args.rounds} rounds: {' '.join(sys.argv)}")
+    print(machine())
+    print(f"{args.threads} threads, {args.rounds} rounds, instruction set {_native.info()['isa']}")
     print(f"{'':62} {'torch time / ours':22}  {'of matmul rate':22}")
     for case in table():
         if args.only in case.name:

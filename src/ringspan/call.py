@@ -50,8 +50,7 @@ class Ring:
     def common_terms(self, num_queries: int) -> dict[str, object]:
         terms: dict[str, object] = {}
         if self.groups is not None:
-            digest = hashlib.blake2b(repr(self.groups).encode(), digest_size=12).hexdigest()
-            terms[RINGS] = f"{len(self.groups)} groups of {len(self.groups[0])}, digest {digest}"
+            terms[RINGS] = f"{len(self.groups)} groups of {len(self.groups[0])}, digest {_digest(self.groups)}"
         if self.equal_lengths:
             terms["seqlen"] = num_queries
             terms["whether bounds are given"] = self.bounds is not None
@@ -211,8 +210,8 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     q, k = tensors[:2]
     documents = None
     if options.cu_seqlens is not None:
-        digest = hashlib.blake2b(np.asarray(options.cu_seqlens, dtype=np.int64).tobytes(), digest_size=12)
-        documents = f"{len(options.cu_seqlens) - 1} documents, digest {digest.hexdigest()}"
+        documents = f"{len(options.cu_seqlens) - 1} documents, digest {_digest(options.cu_seqlens)}"
+    # Chosen again after the exchange; here, so that a rank whose kernels all decline refuses before it.
     kernel_table.choose(options.kernel, q.dtype, q.device, q.shape[3])
     common = {
         CALL: call,
@@ -232,6 +231,11 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))
     return Terms(common, q.shape[2], k.shape[2], flipped)
+
+
+def _digest(numbers: tuple) -> str:
+    """Stands for nested tuples of integers of any length in a message of fixed size."""
+    return hashlib.blake2b(repr(numbers).encode(), digest_size=12).hexdigest()
 
 
 def _lies_flipped(x: Tensor) -> bool:

@@ -33,12 +33,9 @@ class Traffic:
         sends = [(hop.peer, self._own if hop.shard == self._rank else self._visiting) for hop in step.send]
         receives = []
         if step.receive is not None:
-            shapes = [_long(x.shape, self._lengths[step.receive.shard], 2) for x in self.visiting()]
-            shapes = [
-                (*shape[:-2], shape[-1], shape[-2]) if flip else shape
-                for shape, flip in zip(shapes, self._flipped, strict=True)
-            ]
-            receives.append((step.receive.peer, _spec(shapes, self._own.tensors)))
+            length, own = self._lengths[step.receive.shard], self._own.tensors
+            shapes = [_long(x.shape, length, 3 if flip else 2) for x, flip in zip(own, self._flipped, strict=True)]
+            receives.append((step.receive.peer, _spec(shapes, own)))
         return self._channel.post(step.index, _SHARDS, sends, receives)
 
     def receive_shard(self, arriving: Pending) -> None:
