@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,11 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS
 from whole import Case, check, ring
 
 import ringspan
-from ringspan.transport.table import group_name, resolve
+from ringspan.transport.process_group import transport_of
 
 
 def behave(rank, place):
-    BEHAVIOURS[place](resolve(group_name(None)))
+    BEHAVIOURS[place](transport_of(dist.group.WORLD).torch_dist)
 
 
 @pytest.mark.parametrize("place", range(len(BEHAVIOURS)), ids=[behaviour.__name__ for behaviour in BEHAVIOURS])
@@ -36,13 +37,14 @@ CASES = [
 ]
 
 
-def run_cases(rank):
-    return [ring(None, case) for case in CASES]
+def run_cases(rank, transport):
+    return [ring(None, replace(case, options=case.options | {"transport": transport})) for case in CASES]
 
 
+@pytest.mark.parametrize("transport", ["shared_memory", "torch_dist"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_rings_of_processes_are_exact_and_have_the_bits_of_rings_of_threads(num_ranks):
-    found = results(run_processes(run_cases, num_ranks))
+def test_rings_of_processes_are_exact_and_have_the_bits_of_rings_of_threads(num_ranks, transport):
+    found = results(run_processes(run_cases, num_ranks, transport))
     for place, case in enumerate(CASES):
         check(case, found[0][place])
         for mine in found[1:]:

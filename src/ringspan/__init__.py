@@ -18,11 +18,13 @@ from ringspan.errors import (
     PeerRefusedError,
     RankFailedError,
     RingspanError,
+    SharedMemoryFullError,
     UnsupportedError,
     WorkerError,
 )
 from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
 from ringspan.transport.local import LocalGroup, run_local
+from ringspan.transport.segments import empty_shared
 
 __version__ = "0.1.0"
 
@@ -35,8 +37,10 @@ __all__ = [
     "PeerRefusedError",
     "RankFailedError",
     "RingspanError",
+    "SharedMemoryFullError",
     "UnsupportedError",
     "WorkerError",
+    "empty_shared",
     "positions",
     "ring_attention",
     "ring_attention_spmd_bwd",

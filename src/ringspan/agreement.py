@@ -31,13 +31,15 @@ class Terms:
 
     common: what must be the same on every rank of a ring, by the name that an error gives it.
     num_queries, num_keys: this rank's lengths, which may differ. flipped: which of its tensors lie as
-    [.., D, T] in memory, a bit each.
+    [.., D, T] in memory, a bit each. transport, device_type: by which means the tensors are to go; in common too.
     """
 
     common: dict[str, Any] = field(default_factory=dict)
     num_queries: int = 0
     num_keys: int = 0
     flipped: int = 0
+    transport: str = "auto"
+    device_type: str = "cpu"
 
 
 @dataclass(frozen=True)

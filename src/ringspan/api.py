@@ -77,7 +77,8 @@ def ring_attention(
         softmax_scale: default D ** -0.5.
         return_lse: also return lse, the natural logarithm of the sum of exp of the scaled visible scores.
         kernel: "auto", or a name that `ringspan doctor` lists.
-        transport: "auto", "local" (run_local groups) or "torch_dist" (process groups).
+        transport: "auto", "local" (run_local groups), and for process groups "shared_memory" (CPU tensors, all
+            ranks on one host: shards are read in place) or "torch_dist". "auto" takes the first of them that serves.
         agreement: False skips the exchange in which ranks compare their arguments. Then all ranks must hold
             equal lengths and pass equal arguments; where they do not, results are undefined.
 
@@ -104,6 +105,7 @@ def ring_attention(
             layout=layout,
             softmax_scale=softmax_scale,
             kernel=kernel,
+            transport=transport,
             agreement=agreement,
             gradients=_gradients(q, k, v),
         )
@@ -124,6 +126,7 @@ def ring_attention(
         options.right,
         options.scale,
         options.kernel,
+        options.transport,
         options.agreement,
         options.gradients,
     )

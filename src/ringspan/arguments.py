@@ -31,6 +31,7 @@ class Options:
     layout: str = "contiguous"
     scale: float | None = None
     kernel: str = "auto"
+    transport: str = "auto"
     agreement: bool = True
     gradients: str = ""
 
@@ -109,6 +110,7 @@ def normalised_options(
     kernel: str,
     agreement: bool,
     gradients: str,
+    transport: str = "auto",
 ) -> Options:
     """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""
     check_name(layout)
@@ -124,7 +126,7 @@ def normalised_options(
     scale = None if softmax_scale is None else _finite(softmax_scale)
     documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
     check_documents(documents)
-    return Options(left, right, documents, layout, scale, kernel, agreement, gradients)
+    return Options(left, right, documents, layout, scale, kernel, transport, agreement, gradients)
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:

@@ -28,15 +28,16 @@ def attend(
     right: int,
     scale: float | None,
     kernel: str,
+    transport: str,
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients)
+    options = _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients)
     return call.forward(resolve(group), q, k, v, options)
 
 
 @attend.register_fake
-def _(q, k, v, cu_seqlens, group, layout, left, right, scale, kernel, agreement, gradients):
+def _(q, k, v, cu_seqlens, group, layout, left, right, scale, kernel, transport, agreement, gradients):
     lse = q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
@@ -57,10 +58,11 @@ def attend_backward(
     right: int,
     scale: float | None,
     kernel: str,
+    transport: str,
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients)
+    options = _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients)
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
     return dq, dk, dv
@@ -72,9 +74,9 @@ def _(d_out, d_lse, q, k, v, out, lse, *options):
     return dq, dk, dv
 
 
-def _options(cu_seqlens, layout, left, right, scale, kernel, agreement, gradients) -> Options:
+def _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients) -> Options:
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return Options(left, right, documents, layout, scale, kernel, agreement, gradients)
+    return Options(left, right, documents, layout, scale, kernel, transport, agreement, gradients)
 
 
 def _keep(ctx, inputs, output) -> None:

@@ -119,7 +119,8 @@ def begin(
     call = transport.begin_call()
     members = ring.members(transport)
     agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
-    return transport.channel(call, members), agreed
+    assert isinstance(terms, Terms)  # a refusal was raised by the agreement
+    return transport.channel(call, members, terms.transport, terms.device_type), agreed
 
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:
@@ -226,11 +227,12 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "cu_seqlens": documents,
         "softmax_scale": options.scale,
         "kernel": options.kernel,
+        "transport": options.transport,
         "which of q, k, v require grad": options.gradients,
         **ring.common_terms(q.shape[2]),
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))
-    return Terms(common, q.shape[2], k.shape[2], flipped)
+    return Terms(common, q.shape[2], k.shape[2], flipped, options.transport, q.device.type)
 
 
 def _digest(numbers: tuple) -> str:

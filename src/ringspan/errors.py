@@ -37,6 +37,10 @@ class RankFailedError(RingspanError, RuntimeError):
     """A rank died, raised in the middle of a call, or did not answer within the group's timeout."""
 
 
+class SharedMemoryFullError(RingspanError, MemoryError):
+    """Memory that several processes can map could not be reserved."""
+
+
 class WorkerError(RingspanError, RuntimeError):
     """A worker of `run_local` raised an exception of its own; that exception is the ``__cause__``."""
 

@@ -88,7 +88,7 @@ def backward(
         with channel.computing(), timer.time("compute"):
             visiting = traffic.visiting()
             if step.index and step.tiles:
-                part = tuple(_zeros_long(x, visiting[0].shape[2]) for x in home)
+                part = traffic.begin_part(home)
             rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
             rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
             for tile in step.tiles:
@@ -99,7 +99,7 @@ def backward(
                 job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
         with timer.time("wait"):
             traffic.receive_rides(step, riding, part, home)
-            traffic.send_ride(step, part)
+            traffic.send_ride(step)
             traffic.receive_shard(arriving)
         timer.finish_step(step.index)
     traffic.finish()
@@ -109,7 +109,3 @@ def backward(
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(x.shape, dtype=dtype, device=x.device)
-
-
-def _zeros_long(x: Tensor, length: int) -> Tensor:
-    return torch.zeros((*x.shape[:2], length, *x.shape[3:]), dtype=x.dtype, device=x.device)

@@ -73,7 +73,7 @@ def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str,
     def check() -> Terms:
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["requires_grad"] = differentiated
-        return Terms(common, length)
+        return Terms(common, length, device_type=x.device.type)
 
     transport = resolve(group)
     channel, agreed = begin(transport, check, agreement=True)

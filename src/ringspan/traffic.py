@@ -24,6 +24,7 @@ class Traffic:
         self._flipped = flipped
         self._own = Parcel(tuple(_flip(own, flipped)))
         self._visiting: Parcel = self._own
+        self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
 
     def visiting(self) -> tuple[Tensor, ...]:
@@ -58,16 +59,26 @@ class Traffic:
                 target.add_(arrived)
             self._channel.release(parcel)
 
-    def send_ride(self, step: Step, part: tuple[Tensor, ...]) -> None:
+    def begin_part(self, home: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Zeros for the gradient of what is visiting; they ride on to the next rank from where they lie."""
+        length = self.visiting()[0].shape[2]
+        part = self._channel.buffer(_spec([_long(x.shape, length, 2) for x in home], home))
+        self._parts.append(part)
+        return tuple(x.zero_() for x in part.tensors)
+
+    def send_ride(self, step: Step) -> None:
+        self._finish_ride()
+        if step.ride_send is not None:
+            self._leaving = self._channel.post(step.index, _RIDES, [(step.ride_send.peer, self._parts[-1])])
+
+    def _finish_ride(self) -> None:
         if self._leaving is not None:
             self._leaving.wait()
             self._leaving = None
-        if step.ride_send is not None:
-            self._leaving = self._channel.post(step.index, _RIDES, [(step.ride_send.peer, Parcel(part))])
+            self._channel.release(self._parts.pop(0))
 
     def finish(self) -> None:
-        if self._leaving is not None:
-            self._leaving.wait()
+        self._finish_ride()
         self._channel.close()
 
 

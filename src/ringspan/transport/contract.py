@@ -25,6 +25,15 @@ class Spec:
     device: torch.device
 
 
+def spec_of(tensors: Sequence[Tensor]) -> Spec:
+    return Spec(tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors), tensors[0].device)
+
+
+def allocate(spec: Spec) -> tuple[Tensor, ...]:
+    pairs = zip(spec.shapes, spec.dtypes, strict=True)
+    return tuple(torch.empty(shape, dtype=dtype, device=spec.device) for shape, dtype in pairs)
+
+
 @dataclass(eq=False)
 class Parcel:
     """Tensors that travel together. owner: the ring's rank that lent them (local transport), for `release`."""
@@ -60,12 +69,15 @@ class Channel(ABC):
     ) -> Pending:
         """Start transfers and return at once. (index, lane) pairs a send with its receive between two ranks.
 
-        A parcel that is sent must not be changed before `wait` (of this post) and, if it was lent by another
-        rank or is this rank's own, before `close`.
+        A parcel that is sent must not be changed before `close`; one that `buffer` made, not before `wait`.
         """
 
-    def release(self, parcel: Parcel) -> None:  # noqa: B027 (most transports need nothing here)
-        """The caller is done with a received parcel."""
+    def buffer(self, spec: Spec) -> Parcel:
+        """Fresh tensors, not initialised, to be filled and sent. `release` takes them back for reuse."""
+        return Parcel(allocate(spec))
+
+    def release(self, parcel: Parcel) -> None:  # noqa: B027 (not every transport reuses)
+        """The caller is done with a received parcel, or with one that `buffer` made and whose `wait` is over."""
 
     @abstractmethod
     def close(self) -> None:
@@ -91,8 +103,11 @@ class Transport(ABC):
         """Every rank's message, by rank. All messages of a call have one length. Raises RankFailedError."""
 
     @abstractmethod
-    def channel(self, call: int, members: Sequence[int]) -> Channel:
-        """The channel of a ring of these ranks of the group, the caller among them."""
+    def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
+        """The channel of a ring of these ranks of the group, the caller among them.
+
+        via: a name in `ringspan.transport.table.TRANSPORTS`, for groups that several can serve.
+        """
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:

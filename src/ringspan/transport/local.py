@@ -286,7 +286,7 @@ class LocalTransport(Transport):
                 del board.agreements[call]
         return [message for message in meeting.messages if message is not None]
 
-    def channel(self, call: int, members: Sequence[int]) -> Channel:
+    def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
         return _LocalChannel(self._board, call, tuple(members), self.rank)
 
     def fail(self, error: BaseException) -> None:

@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.transport.contract import Transport
 from ringspan.transport.local import LocalGroup, alone, current_group, resolve_local
-from ringspan.transport.torch_dist import transport_of
+from ringspan.transport.process_group import transport_of
 
-TRANSPORTS = ("auto", "local", "torch_dist")
+TRANSPORTS = ("auto", "local", "shared_memory", "torch_dist")
 ALONE = "alone"
 
 
@@ -72,13 +72,13 @@ def check_transport(name: str, transport: str) -> None:
     if transport not in TRANSPORTS:
         known = ", ".join(map(repr, TRANSPORTS))
         raise ArgumentError(explain("transport is unknown.", got=repr(transport), fix=f"one of {known}"))
-    serves = "torch_dist" if name.startswith("dist:") else "local"
-    if transport not in ("auto", serves):
+    of_processes = name.startswith("dist:")
+    if transport != "auto" and of_processes == (transport == "local"):
         raise ArgumentError(
             explain(
                 f"transport={transport!r} cannot serve this group.",
-                got=f"a group of {'a torch.distributed process group' if serves == 'torch_dist' else 'threads'}",
-                fix=f'transport="{serves}" or "auto"',
+                got=f"a group of {'processes (torch.distributed)' if of_processes else 'threads (run_local)'}",
+                fix='transport="auto"',
             )
         )
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.errors import RankFailedError, explain
-from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
+from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, allocate, spec_of
 
 # Tags of ringspan's messages: this bit, then call, step, lane and the tensor's place in its parcel.
 _TAG_BIT = 1 << 30
@@ -33,18 +33,6 @@ _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
-
-_transports: weakref.WeakKeyDictionary[Any, TorchDistTransport] = weakref.WeakKeyDictionary()
-_transports_lock = threading.Lock()
-
-
-def transport_of(group: dist.ProcessGroup) -> TorchDistTransport:
-    """This rank's one transport of a process group."""
-    with _transports_lock:
-        if group not in _transports:
-            _transports[group] = TorchDistTransport(group)
-        return _transports[group]
-
 
 class TorchDistTransport(Transport):
     """This rank's end of a process group."""
@@ -90,7 +78,7 @@ class TorchDistTransport(Transport):
         self.wait([work], [None], lambda _: f"every rank to begin call {call}", device, call)
         return [bytes(part.cpu().numpy()) for part in every]
 
-    def channel(self, call: int, members: Sequence[int]) -> Channel:
+    def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
         return _DistChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
@@ -162,7 +150,7 @@ class _DistChannel(Channel):
         group = self._transport.group
         operations: list[tuple[Callable, Tensor, int, int]] = []
         for peer, spec in receives:
-            parcel = self._buffer(spec)
+            parcel = self.buffer(spec)
             posted.received.append(parcel)
             operations += [(dist.irecv, x, peer, place) for place, x in enumerate(parcel.tensors)]
         for peer, parcel in sends:
@@ -197,12 +185,12 @@ class _DistChannel(Channel):
             tag = tag * bound + value
         return _TAG_BIT | tag
 
-    def _buffer(self, spec: Spec) -> Parcel:
+    def buffer(self, spec: Spec) -> Parcel:
         spare = self._spare.get(spec)
-        return spare.pop() if spare else Parcel(_allocate(spec))
+        return spare.pop() if spare else Parcel(allocate(spec))
 
     def release(self, parcel: Parcel) -> None:
-        self._spare.setdefault(_spec_of(parcel), []).append(parcel)
+        self._spare.setdefault(spec_of(parcel.tensors), []).append(parcel)
 
     def close(self) -> None:
         self._spare.clear()
@@ -232,16 +220,6 @@ class _Posted(Pending):
             self._transport.wait(self.works, self.peers, waiting_for, self.device)
         self.kept.clear()
         return self.received
-
-
-def _allocate(spec: Spec) -> tuple[Tensor, ...]:
-    pairs = zip(spec.shapes, spec.dtypes, strict=True)
-    return tuple(torch.empty(shape, dtype=dtype, device=spec.device) for shape, dtype in pairs)
-
-
-def _spec_of(parcel: Parcel) -> Spec:
-    tensors = parcel.tensors
-    return Spec(tuple(tuple(x.shape) for x in tensors), tuple(x.dtype for x in tensors), tensors[0].device)
 
 
 class _Outcome(Future):

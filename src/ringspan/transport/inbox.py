@@ -1,0 +1,105 @@
+"""Short records between the processes of one host: each rank has a pipe, its peers open it through /proc and write.
+
+A pipe keeps the order of writes, takes records of up to PIPE_BUF bytes whole or not at all, and wakes who sleeps
+on it; so no memory is shared for signals, and nobody spins. A peer's death shows on its pidfd, which is polled
+together with the pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_HEAD = struct.Struct("<IIIq")  # bytes of the body, kind, sender, call
+LARGEST_BODY = select.PIPE_BUF - _HEAD.size
+_PIPE_BYTES = 1 << 20
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Record:
+    """One message. kind: what the body means; sender: a rank of the group."""
+
+    kind: int
+    sender: int
+    call: int
+    body: bytes
+
+    def packed(self) -> bytes:
+        assert len(self.body) <= LARGEST_BODY, f"a record of {len(self.body)} bytes would not be written whole"
+        return _HEAD.pack(len(self.body), self.kind, self.sender, self.call) + self.body
+
+
+class Inbox:
+    """This rank's own pipe."""
+
+    def __init__(self) -> None:
+        self.read_end, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # over this user's quota of pipe memory: the usual 64 KiB then
+            fcntl.fcntl(self.write_end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._unread = b""
+
+    def read(self) -> list[Record]:
+        """What has come, in the order of its writing."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                chunk = os.read(self.read_end, _CHUNK)
+                self._unread += chunk
+                if len(chunk) < _CHUNK:
+                    break
+        records, at = [], 0
+        while len(self._unread) >= at + _HEAD.size:
+            length, kind, sender, call = _HEAD.unpack_from(self._unread, at)
+            end = at + _HEAD.size + length
+            if len(self._unread) < end:
+                break
+            records.append(Record(kind, sender, call, self._unread[at + _HEAD.size : end]))
+            at = end
+        self._unread = self._unread[at:]
+        return records
+
+    def sleep(self, seconds: float, watched: Iterable[Link], until_room_in: Link | None = None) -> Link | None:
+        """Until a record has come, a watched peer is gone, or there is room in a pipe; the peer that is gone."""
+        poll = select.poll()
+        poll.register(self.read_end, select.POLLIN)
+        by_fd = {link.pidfd: link for link in watched}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        if until_room_in is not None:
+            poll.register(until_room_in.pipe, select.POLLOUT)
+        return next((by_fd[fd] for fd, _ in poll.poll(seconds * 1000) if fd in by_fd), None)
+
+    def close(self) -> None:
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+
+class Link:
+    """The way to one peer: its pipe, and whether its process lives. Raises OSError where there is no way."""
+
+    def __init__(self, rank: int, pid: int, pipe: int) -> None:
+        self.rank, self.pid = rank, pid
+        self.pidfd = os.pidfd_open(pid)
+        try:
+            # For reading too, so that a write to a peer that is gone is no SIGPIPE.
+            self.pipe = os.open(f"/proc/{pid}/fd/{pipe}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            os.close(self.pidfd)
+            raise
+
+    def send(self, record: Record) -> bool:
+        """Whether there was room."""
+        try:
+            os.write(self.pipe, record.packed())
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        os.close(self.pipe)

@@ -1,0 +1,76 @@
+"""One rank's end of a torch.distributed process group, by the best means that reach all of its ranks.
+
+Whether the ranks can read each other's memory is tried once per group, at its first call. If so, agreements go
+through shared memory's pipes, and so do CPU tensors; all else goes through the process group itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from ringspan.errors import UnsupportedError, explain
+from ringspan.transport.contract import Channel, Transport
+from ringspan.transport.shared_memory import SharedMemoryTransport, connect
+from ringspan.transport.torch_dist import TorchDistTransport
+
+_transports: weakref.WeakKeyDictionary[Any, ProcessGroupTransport] = weakref.WeakKeyDictionary()
+_transports_lock = threading.Lock()
+
+
+def transport_of(group: dist.ProcessGroup) -> ProcessGroupTransport:
+    """This rank's one transport of a process group."""
+    with _transports_lock:
+        if group not in _transports:
+            _transports[group] = ProcessGroupTransport(group)
+        return _transports[group]
+
+
+class ProcessGroupTransport(Transport):
+    """Shared memory where it reaches every rank, torch.distributed elsewhere."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.torch_dist = TorchDistTransport(group)
+        self.rank, self.size = self.torch_dist.rank, self.torch_dist.size
+        self.shared_memory: SharedMemoryTransport | None = None
+        self.why_not_shared: str | None = "the group has made no call yet"
+        self._tried = False
+
+    @property
+    def _best(self) -> Transport:
+        return self.shared_memory or self.torch_dist
+
+    def begin_call(self) -> int:
+        if not self._tried:
+            found = connect(self.torch_dist, self.torch_dist.timeout_s)
+            self._tried = True
+            if isinstance(found, str):
+                self.why_not_shared = found
+            else:
+                self.shared_memory, self.why_not_shared = found, None
+        return self._best.begin_call()
+
+    def agree(self, call: int, message: bytes) -> list[bytes]:
+        return self._best.agree(call, message)
+
+    def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
+        if via == "shared_memory":
+            self._check_shared(device_type)
+        if via == "torch_dist" or device_type != "cpu":
+            return self.torch_dist.channel(call, members)
+        return self._best.channel(call, members)
+
+    def _check_shared(self, device_type: str) -> None:
+        """What is refused here is refused on every rank alike: all know what came of the trial."""
+        reason = self.why_not_shared if device_type == "cpu" else f"the tensors are on {device_type}"
+        if reason is not None:
+            raise UnsupportedError(
+                explain('transport="shared_memory" cannot serve this call.', got=reason, fix='transport="auto"')
+            )
+
+    def fail(self, error: BaseException) -> None:
+        self._best.fail(error)

@@ -1,0 +1,188 @@
+"""Memory that several processes of one host can map: memfds, which have no name and so cannot be left behind.
+
+A segment lives as long as somebody maps it. Its pages are reserved when it is made, so that a full memory is an
+error there and not a bus error later; its size is sealed, so that a peer may trust what it maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import math
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ringspan.errors import ArgumentError, SharedMemoryFullError, UnsupportedError, explain
+from ringspan.transport.contract import Spec
+
+_CALLS_KEPT = 8  # a segment or mapping that so many calls of a group did not use is let go
+_ALIGN = 64
+_serial = itertools.count(1)
+
+
+class Segment(mmap.mmap):
+    """The memory itself. fd: opens it; serial: tells it from all others that this process ever made."""
+
+    fd: int
+    serial: int
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.close(self.fd)
+
+
+_segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictionary()  # this process's, by address
+
+
+def segment_of(x: Tensor) -> Segment | None:
+    """The segment of this process in which the tensor lies."""
+    return _segments.get(x.untyped_storage().data_ptr())
+
+
+def why_unsupported() -> str | None:
+    """Why this system has no such memory, or None."""
+    for module, name in ((os, "memfd_create"), (os, "posix_fallocate"), (os, "pidfd_open"), (fcntl, "F_ADD_SEALS")):
+        if not hasattr(module, name):
+            return f"this system has no {name}"
+    return None
+
+
+def create(num_bytes: int) -> Tensor:
+    """The memory [uint8] of a new segment of at least num_bytes, which lives as long as the tensor's storage.
+
+    Raises SharedMemoryFullError where the memory is not to be had.
+    """
+    size = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    fd = os.memfd_create("ringspan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        segment = Segment(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise SharedMemoryFullError(
+            explain(
+                "there is no room for a segment of shared memory.",
+                got=f"{size} bytes asked for: {error.strerror}",
+                fix='free memory, raise the limit of this process or container, or pass transport="torch_dist"',
+            )
+        ) from error
+    segment.fd, segment.serial = fd, next(_serial)
+    memory = torch.frombuffer(segment, dtype=torch.uint8)
+    _segments[memory.data_ptr()] = segment
+    return memory
+
+
+def open_peer(pid: int, fd: int, size: int) -> Tensor:
+    """The memory [uint8] of a segment that a process of this user holds open under this number; else OSError."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        found = os.fstat(opened).st_size
+        if found != size:
+            raise OSError(f"the segment has {found} bytes, {size} were announced")
+        return torch.frombuffer(mmap.mmap(opened, size), dtype=torch.uint8)
+    finally:
+        os.close(opened)
+
+
+def empty_shared(shape: Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A CPU tensor, not initialised, in memory that the other processes of this host can read in place.
+
+    Keys and values that lie in such a tensor (or in a view of one) are not copied when a ring of processes on one
+    host reads them; any others are copied once a call. The memory is freed with the tensor, at the latest 8 calls
+    of a group that read it later.
+
+    Raises ArgumentError for a shape that is none, UnsupportedError where the system has no such memory, and
+    SharedMemoryFullError (a MemoryError) where the memory is full.
+    """
+    if (reason := why_unsupported()) is not None:
+        raise UnsupportedError(explain("there is no shared memory here.", got=reason, fix="use torch.empty"))
+    sizes = tuple(shape)
+    if not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ArgumentError(explain("shape must be a sequence of integers of at least 0.", got=repr(shape)))
+    num_bytes = math.prod(sizes) * dtype.itemsize
+    return create(num_bytes)[:num_bytes].view(dtype).view(sizes)
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a tensor lies, for another process: a segment, the byte at which it begins, its strides in elements."""
+
+    serial: int
+    fd: int
+    size: int
+    offset: int
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(x: Tensor) -> Whereabouts:
+        segment = segment_of(x)
+        assert segment is not None
+        offset = x.storage_offset() * x.element_size()
+        return Whereabouts(segment.serial, segment.fd, len(segment), offset, x.stride())
+
+
+def view(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The tensor of that shape and these strides that begins at a byte of a segment's memory."""
+    if 0 in shape:
+        return torch.empty(tuple(shape), dtype=dtype)
+    num_elements = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
+    end = offset + num_elements * dtype.itemsize
+    return memory[offset:end].view(dtype).as_strided(tuple(shape), tuple(stride))
+
+
+def contiguous_view(memory: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    end = offset + math.prod(shape) * dtype.itemsize
+    return memory[offset:end].view(dtype).view(tuple(shape))
+
+
+def laid_out(spec: Spec) -> tuple[list[int], int]:
+    """At which byte of one segment each tensor of a parcel begins, and the bytes of all."""
+    offsets, end = [], 0
+    for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True):
+        offsets.append(end)
+        end += -(-math.prod(shape) * dtype.itemsize // _ALIGN) * _ALIGN
+    return offsets, end
+
+
+class Pool:
+    """The memory of one rank's own segments, reused from call to call."""
+
+    def __init__(self) -> None:
+        self._free: list[tuple[Tensor, int]] = []  # with the call that used it last
+
+    def take(self, num_bytes: int) -> Tensor:
+        """Memory of at least num_bytes that nobody reads; what it holds is undefined."""
+        fits = [place for place, (memory, _) in enumerate(self._free) if num_bytes <= memory.numel()]
+        if not fits:
+            return create(num_bytes)
+        return self._free.pop(min(fits, key=lambda place: self._free[place][0].numel()))[0]
+
+    def give_back(self, memory: Tensor, call: int) -> None:
+        self._free.append((memory, call))
+
+    def end_call(self, call: int) -> None:
+        self._free = [held for held in self._free if held[1] > call - _CALLS_KEPT]
+
+
+class Mappings:
+    """What this rank has mapped of its peers' segments, kept from call to call."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}  # by pid and serial; with the last call
+
+    def memory(self, pid: int, lies: Whereabouts, call: int) -> Tensor:
+        held = self._held.get((pid, lies.serial))
+        memory = held[0] if held else open_peer(pid, lies.fd, lies.size)
+        self._held[pid, lies.serial] = memory, call
+        return memory
+
+    def end_call(self, call: int) -> None:
+        self._held = {key: held for key, held in self._held.items() if held[1] > call - _CALLS_KEPT}

@@ -1,0 +1,414 @@
+"""Process groups on one host, for CPU tensors: shards are published once in shared memory and read in place.
+
+What a rank sends is a note of where a parcel lies (segments.py), through pipes (inbox.py). A parcel that is handed
+on stays where its owner put it; whoever has read it tells the owner, so the owner knows when nobody reads it any
+more. Nothing here has a name, so that nothing is left behind when a process is killed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import secrets
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ringspan.errors import RankFailedError, SharedMemoryFullError, explain
+from ringspan.transport import segments
+from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, spec_of
+from ringspan.transport.inbox import Inbox, Link, Record
+from ringspan.transport.segments import Mappings, Pool, Whereabouts, contiguous_view, laid_out, segment_of, view
+
+_AGREEMENT, _PARCEL, _RELEASED, _FAILED = range(4)  # kinds of records
+_INTRODUCTION_BYTES = 512
+
+
+def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
+    """Try, on all ranks of a group at once, whether they can read each other's memory; or the reason why not.
+
+    beside: the transport through which they make themselves known, and which is told of failures. The outcome is
+    the same on every rank.
+    """
+    me = _Introduction(beside.rank)
+    everyone = _exchange(beside, me.words)
+    links, reason = me.meet(everyone)
+    reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
+    if any(reasons):
+        for link in links:
+            link.close()
+        me.inbox.close()
+        return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+    return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
+
+
+def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
+    message = json.dumps(words).encode()
+    assert len(message) <= _INTRODUCTION_BYTES
+    answers = beside.agree(beside.begin_call(), message.ljust(_INTRODUCTION_BYTES))
+    return [json.loads(answer) for answer in answers]
+
+
+class _Introduction:
+    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self.words: dict[str, Any] = {"no": segments.why_unsupported()}
+        if self.words["no"] is not None:
+            return
+        self.inbox = Inbox()
+        try:
+            self._probe = segments.create(torch.int64.itemsize)
+        except SharedMemoryFullError as error:
+            self.words["no"] = str(error).splitlines()[1].strip()
+            return
+        nonce = secrets.randbits(60)
+        self._probe.view(torch.int64)[0] = nonce
+        segment = segments.segment_of(self._probe)
+        assert segment is not None
+        self.words |= {
+            "host": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            "pid": os.getpid(),
+            "pipe": self.inbox.write_end,
+            "probe": segment.fd,
+            "bytes": len(segment),
+            "nonce": nonce,
+        }
+
+    def meet(self, everyone: Sequence[dict[str, Any]]) -> tuple[list[Link], str | None]:
+        """The ways to all others, or why there is none."""
+        links: list[Link] = []
+        for rank, words in enumerate(everyone):
+            if words["no"] is not None:
+                return links, words["no"]
+            if words["host"] != self.words["host"]:
+                return links, f"rank {rank} is on another host"
+            try:
+                found = segments.open_peer(words["pid"], words["probe"], words["bytes"])
+                if found.view(torch.int64)[0].item() != words["nonce"]:
+                    return links, f"process {words['pid']} is not rank {rank} here"
+                if rank != self._rank:
+                    links.append(Link(rank, words["pid"], words["pipe"]))
+            except OSError as error:
+                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {error.strerror}"
+        return links, None
+
+
+class SharedMemoryTransport(Transport):
+    """This rank's end of a process group whose ranks can read each other's memory."""
+
+    def __init__(self, beside: Transport, timeout_s: float, inbox: Inbox, links: Sequence[Link]) -> None:
+        self.rank, self.size = beside.rank, beside.size
+        self.timeout_s = timeout_s
+        self.pool, self._mappings = Pool(), Mappings()
+        self.links = {link.rank: link for link in links}
+        self._loans: dict[int, _Loan] = {}
+        self._loan_serials = itertools.count()
+        self._beside = beside
+        self._inbox = inbox
+        self._messages: dict[tuple[int, int], bytes] = {}  # by call and sender
+        self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
+        self._failed_first: tuple[int, str] | None = None
+        self._told = False
+        for end in (inbox, *links):
+            weakref.finalize(self, end.close)
+
+    def begin_call(self) -> int:
+        return self._beside.begin_call()
+
+    def agree(self, call: int, message: bytes) -> list[bytes]:
+        self._messages[call, self.rank] = message
+        for rank in self.links:
+            self._send(rank, _AGREEMENT, call, message)
+
+        def missing() -> set[int]:
+            return {rank for rank in self.links if (call, rank) not in self._messages}
+
+        self.wait(lambda: not missing(), missing, f"to begin call {call}")
+        return [self._messages.pop((call, rank)) for rank in range(self.size)]
+
+    def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
+        return _SharedChannel(self, call, tuple(members))
+
+    def fail(self, error: BaseException) -> None:
+        self._beside.fail(error)
+        if self._told or self._failed_first is not None:  # everybody knows
+            return
+        self._told = True
+        reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
+        for link in self.links.values():
+            link.send(Record(_FAILED, self.rank, 0, reason))  # one whose pipe is full wakes by its own bound
+
+    def tell(self, rank: int, call: int, note: bytes) -> None:
+        self._send(rank, _PARCEL, call, note)
+
+    def note(self, call: int, sender: int, index: int, lane: int) -> _Note:
+        """Wait for what the sender tells of the parcel of this step and lane."""
+        key = (call, sender, index, lane)
+        self.wait(lambda: key in self._notes, lambda: {sender}, f"in step {index} of call {call}")
+        return self._notes.pop(key)
+
+    def memory(self, owner: int, lies: Whereabouts, call: int) -> Tensor:
+        """What the owner announced, mapped here."""
+        pid = os.getpid() if owner == self.rank else self.links[owner].pid
+        try:
+            return self._mappings.memory(pid, lies, call)
+        except OSError as error:
+            raise RankFailedError(
+                explain(
+                    f"rank {self.rank} cannot map the memory of rank {owner}.",
+                    got=f"{error}; process {pid}",
+                    fix="look at that rank's own output: it may have died",
+                )
+            ) from error
+
+    def new_loan(self, whereabouts: list[Whereabouts], memory: Tensor | None) -> _Loan:
+        loan = _Loan(next(self._loan_serials), whereabouts, memory)
+        self._loans[loan.serial] = loan
+        return loan
+
+    def end_loan(self, loan: _Loan, call: int) -> None:
+        del self._loans[loan.serial]
+        if loan.memory is not None:
+            self.pool.give_back(loan.memory, call)
+
+    def end_call(self, call: int) -> None:
+        self.pool.end_call(call)
+        self._mappings.end_call(call)
+
+    def give_back(self, owner: int, call: int, loan: int, passed_on: list[int]) -> None:
+        """Tell the owner that this rank has read its parcel, and to whom it was handed on."""
+        if owner == self.rank:
+            self._loans[loan].returned(self.rank, passed_on)
+        else:
+            self._send(owner, _RELEASED, call, json.dumps([loan, passed_on]).encode())
+
+    def _send(self, rank: int, kind: int, call: int, body: bytes) -> None:
+        record, link = Record(kind, self.rank, call, body), self.links[rank]
+        if link.send(record):
+            return
+        sent = False
+
+        def try_again() -> bool:
+            nonlocal sent
+            sent = sent or link.send(record)
+            return sent
+
+        self.wait(try_again, lambda: {rank}, f"to empty its pipe in call {call}", until_room_in=link)
+
+    def wait(
+        self,
+        ready: Callable[[], bool],
+        missing: Callable[[], Iterable[int]],
+        what_for: str,
+        until_room_in: Link | None = None,
+    ) -> None:
+        """Sleep until ready; raise RankFailedError when a missing rank is gone, another gave up, or time is up."""
+        deadline = time.monotonic() + self.timeout_s
+        gone: Link | None = None
+        while True:
+            self._collect()
+            if ready():
+                return
+            if self._failed_first is not None:
+                raise self._gave_up(missing(), what_for, None)
+            if gone is not None:
+                raise self._gave_up([gone.rank], what_for, f"its process {gone.pid} is gone")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._gave_up(missing(), what_for, f"no answer within {self.timeout_s:g} s")
+            gone = self._inbox.sleep(left, [self.links[rank] for rank in missing()], until_room_in)
+
+    def _gave_up(self, missing: Iterable[int], what_for: str, reason: str | None) -> RankFailedError:
+        ranks = sorted(missing)
+        names = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else "the other ranks"
+        lines = [f"rank {self.rank} gave up waiting for {names} {what_for}."]
+        if reason is not None:
+            lines.append(f"  got  {reason}")
+        if self._failed_first is not None:
+            lines.append("  rank {} failed first: {}".format(*self._failed_first))
+        lines.append(f"  fix  look at that rank's own output; the group's timeout is {self.timeout_s:g} s")
+        error = RankFailedError("\n".join(lines))
+        self.fail(error)
+        return error
+
+    def _collect(self) -> None:
+        for record in self._inbox.read():
+            if record.kind == _AGREEMENT:
+                self._messages[record.call, record.sender] = record.body
+            elif record.kind == _PARCEL:
+                index, lane, note = _Note.unpacked(record.body)
+                self._notes[record.call, record.sender, index, lane] = note
+            elif record.kind == _RELEASED:
+                loan, passed_on = json.loads(record.body)
+                self._loans[loan].returned(record.sender, passed_on)
+            elif self._failed_first is None:
+                self._failed_first = record.sender, record.body.decode(errors="replace")
+
+
+@dataclass(eq=False)
+class _Loan:
+    """A parcel of this rank that others read.
+
+    readers: who was given it, as far as this rank knows; done: who has read it. A reader that handed it on says to
+    whom only when it has read it itself, so the two are equal only when all have read it.
+    """
+
+    serial: int
+    whereabouts: list[Whereabouts]
+    memory: Tensor | None  # of this transport's pool
+    readers: Counter = field(default_factory=Counter)
+    done: Counter = field(default_factory=Counter)
+
+    def returned(self, reader: int, passed_on: Sequence[int]) -> None:
+        self.done[reader] += 1
+        self.readers.update(passed_on)
+
+    @property
+    def over(self) -> bool:
+        return self.readers == self.done
+
+    def reading(self) -> set[int]:
+        return set(self.readers - self.done)
+
+
+@dataclass(frozen=True)
+class _Note:
+    """What a rank is told of a parcel: whose it is, under which number, and where its tensors lie."""
+
+    owner: int
+    loan: int
+    whereabouts: list[Whereabouts]
+
+    def packed(self, index: int, lane: int) -> bytes:
+        lies = [[x.serial, x.fd, x.size, x.offset, *x.stride] for x in self.whereabouts]
+        return json.dumps([index, lane, self.owner, self.loan, lies], separators=(",", ":")).encode()
+
+    @staticmethod
+    def unpacked(body: bytes) -> tuple[int, int, _Note]:
+        index, lane, owner, loan, lies = json.loads(body)
+        return index, lane, _Note(owner, loan, [Whereabouts(*lie[:4], tuple(lie[4:])) for lie in lies])
+
+
+class _SharedChannel(Channel):
+    def __init__(self, transport: SharedMemoryTransport, call: int, members: tuple[int, ...]) -> None:
+        self._transport = transport
+        self._call = call
+        self._members = members
+        self._loans: dict[Parcel, _Loan] = {}
+        self._buffers: dict[Parcel, Tensor] = {}  # with their memory in the pool
+        self._borrowed: dict[Parcel, tuple[_Note, list[int]]] = {}  # with the ranks it was handed on to
+        self.rank = members.index(transport.rank)
+        self.size = len(members)
+
+    def post(
+        self,
+        index: int,
+        lane: int,
+        sends: Sequence[tuple[int, Parcel]] = (),
+        receives: Sequence[tuple[int, Spec]] = (),
+    ) -> Pending:
+        for peer, parcel in sends:
+            note = self._lend(parcel, self._members[peer])
+            self._transport.tell(self._members[peer], self._call, note.packed(index, lane))
+        filled = [self._loans[parcel] for _, parcel in sends if parcel in self._buffers]
+        return _SharedPending(self, index, lane, receives, filled)
+
+    def _lend(self, parcel: Parcel, reader: int) -> _Note:
+        if parcel in self._borrowed:
+            note, passed_on = self._borrowed[parcel]
+            passed_on.append(reader)
+            return note
+        loan = self._loans.get(parcel)
+        if loan is None:
+            loan = self._loans[parcel] = self._publish(parcel)
+        loan.readers[reader] += 1
+        return _Note(self._transport.rank, loan.serial, loan.whereabouts)
+
+    def _publish(self, parcel: Parcel) -> _Loan:
+        """Copy what does not lie in shared memory already, once for all readers."""
+        elsewhere = [place for place, x in enumerate(parcel.tensors) if segment_of(x) is None]
+        tensors, memory = list(parcel.tensors), None
+        if elsewhere:
+            memory, copies = self._allocate(spec_of([tensors[place] for place in elsewhere]))
+            for place, copy in zip(elsewhere, copies, strict=True):
+                tensors[place] = copy.copy_(tensors[place])
+        return self._transport.new_loan([Whereabouts.of(x) for x in tensors], memory)
+
+    def _allocate(self, spec: Spec) -> tuple[Tensor, list[Tensor]]:
+        offsets, num_bytes = laid_out(spec)
+        memory = self._transport.pool.take(num_bytes)
+        parts = zip(offsets, spec.shapes, spec.dtypes, strict=True)
+        return memory, [contiguous_view(memory, offset, shape, dtype) for offset, shape, dtype in parts]
+
+    def buffer(self, spec: Spec) -> Parcel:
+        memory, tensors = self._allocate(spec)
+        parcel = Parcel(tuple(tensors))
+        self._buffers[parcel] = memory
+        return parcel
+
+    def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
+        note = self._transport.note(self._call, self._members[peer], index, lane)
+        parts = zip(note.whereabouts, spec.shapes, spec.dtypes, strict=True)
+        parcel = Parcel(
+            tuple(
+                view(self._transport.memory(note.owner, lies, self._call), lies.offset, shape, lies.stride, dtype)
+                for lies, shape, dtype in parts
+            )
+        )
+        self._borrowed[parcel] = note, []
+        return parcel
+
+    def await_readers(self, loans: Collection[_Loan]) -> None:
+        self._transport.wait(
+            lambda: all(loan.over for loan in loans),
+            lambda: set().union(*(loan.reading() for loan in loans)),
+            f"to read rank {self._transport.rank}'s tensors in call {self._call}",
+        )
+
+    def release(self, parcel: Parcel) -> None:
+        if parcel in self._borrowed:
+            note, passed_on = self._borrowed.pop(parcel)
+            self._transport.give_back(note.owner, self._call, note.loan, passed_on)
+        elif parcel in self._buffers:
+            self._transport.pool.give_back(self._buffers.pop(parcel), self._call)
+            self._end(self._loans.pop(parcel, None))
+
+    def _end(self, loan: _Loan | None) -> None:
+        if loan is not None:
+            self._transport.end_loan(loan, self._call)
+
+    def close(self) -> None:
+        self.await_readers(self._loans.values())
+        for loan in self._loans.values():
+            self._end(loan)
+        self._loans.clear()
+        self._transport.end_call(self._call)
+
+
+class _SharedPending(Pending):
+    def __init__(
+        self,
+        channel: _SharedChannel,
+        index: int,
+        lane: int,
+        receives: Sequence[tuple[int, Spec]],
+        filled: Sequence[_Loan],
+    ) -> None:
+        self._channel, self._index, self._lane = channel, index, lane
+        self._receives, self._filled = receives, filled
+
+    def wait(self) -> list[Parcel]:
+        received = [self._channel.take(self._index, self._lane, peer, spec) for peer, spec in self._receives]
+        if self._filled:
+            self._channel.await_readers(self._filled)
+        return received
