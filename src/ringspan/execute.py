@@ -49,20 +49,21 @@ class Job:
 def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys."""
     state = SoftmaxState.empty(q)
-    traffic = Traffic(channel, job.schedule.rank, (k, v), job.key_lengths, job.flipped)
+    traffic = Traffic(channel, job.schedule, (k, v), job.key_lengths, job.flipped)
     timer = StepTimer("forward", len(job.schedule.steps))
-    for step in job.schedule.steps:
-        arriving = traffic.post_shards(step)
-        with channel.computing(), timer.time("compute"):
-            k, v = traffic.visiting()
-            for tile in step.tiles:
-                rows, keys = tile.rows, tile.columns
-                job.kernel.absorb(
-                    state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
-                )
-        with timer.time("wait"):
-            traffic.receive_shard(arriving)
-        timer.finish_step(step.index)
+    with channel.computing():
+        for step in job.schedule.steps:
+            arriving = traffic.post_shards(step)
+            with timer.time("compute"):
+                k, v = traffic.visiting()
+                for tile in step.tiles:
+                    rows, keys = tile.rows, tile.columns
+                    job.kernel.absorb(
+                        state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
+                    )
+            with timer.time("wait"):
+                traffic.receive_shard(arriving)
+            timer.finish_step(step.index)
     channel.close()
     return state.finalize(q.dtype)
 
@@ -80,28 +81,29 @@ def backward(
     staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
     sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
     lengths = job.key_lengths if keys_travel else job.query_lengths
-    traffic = Traffic(channel, job.schedule.rank, travelling, lengths, job.flipped)
+    traffic = Traffic(channel, job.schedule, travelling, lengths, job.flipped)
     timer = StepTimer("backward", len(job.schedule.steps))
-    for step in job.schedule.steps:
-        arriving, riding = traffic.post_shards(step), traffic.post_ride_receives(step, home)
-        part = home
-        with channel.computing(), timer.time("compute"):
-            visiting = traffic.visiting()
-            if step.index and step.tiles:
-                part = traffic.begin_part(home)
-            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
-            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
-            for tile in step.tiles:
-                q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
-                k, v = (x[:, :, tile.columns] for x in keys)
-                (dq,) = (x[:, :, tile.rows] for x in rows_part)
-                dk, dv = (x[:, :, tile.columns] for x in keys_part)
-                job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
-        with timer.time("wait"):
-            traffic.receive_rides(step, riding, part, home)
-            traffic.send_ride(step)
-            traffic.receive_shard(arriving)
-        timer.finish_step(step.index)
+    with channel.computing():
+        for step in job.schedule.steps:
+            arriving, riding = traffic.post_shards(step), traffic.post_ride_receives(step, home)
+            part = home
+            with timer.time("compute"):
+                visiting = traffic.visiting()
+                if step.index and step.tiles:
+                    part = traffic.begin_part(home)
+                rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
+                rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
+                for tile in step.tiles:
+                    q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
+                    k, v = (x[:, :, tile.columns] for x in keys)
+                    (dq,) = (x[:, :, tile.rows] for x in rows_part)
+                    dk, dv = (x[:, :, tile.columns] for x in keys_part)
+                    job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
+            with timer.time("wait"):
+                traffic.receive_rides(step, riding, part, home)
+                traffic.send_ride(step)
+                traffic.receive_shard(arriving)
+            timer.finish_step(step.index)
     traffic.finish()
     (dq,), (dk, dv) = rows_out, keys_out
     return dq, dk, dv

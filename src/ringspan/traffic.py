@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ringspan.schedule.contract import Step
+from ringspan.schedule.contract import Schedule, Step
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec
 
 _SHARDS, _RIDES = 0, 1  # lanes of a channel: shards on their way round, gradients riding along
@@ -16,28 +16,40 @@ class Traffic:
     """What is visiting, arriving, riding and leaving at this rank."""
 
     def __init__(
-        self, channel: Channel, rank: int, own: Sequence[Tensor], lengths: tuple[int, ...], flipped: Sequence[bool]
+        self,
+        channel: Channel,
+        schedule: Schedule,
+        own: Sequence[Tensor],
+        lengths: tuple[int, ...],
+        flipped: Sequence[bool],
     ) -> None:
         self._channel = channel
-        self._rank = rank
+        self._rank = schedule.rank
         self._lengths = lengths
         self._flipped = flipped
         self._own = Parcel(tuple(_flip(own, flipped)))
         self._visiting: Parcel = self._own
         self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
+        if channel.in_place:
+            channel.post(0, _SHARDS, [(reader, self._own) for reader in schedule.readers])
 
     def visiting(self) -> tuple[Tensor, ...]:
         return tuple(_flip(self._visiting.tensors, self._flipped))
 
     def post_shards(self, step: Step) -> Pending:
+        hop = step.receive
+        if self._channel.in_place:
+            receives = [(hop.shard, self._spec_of_shard(hop.shard))] if hop else []
+            return self._channel.post(0, _SHARDS, (), receives)
         sends = [(hop.peer, self._own if hop.shard == self._rank else self._visiting) for hop in step.send]
-        receives = []
-        if step.receive is not None:
-            length, own = self._lengths[step.receive.shard], self._own.tensors
-            shapes = [_long(x.shape, length, 3 if flip else 2) for x, flip in zip(own, self._flipped, strict=True)]
-            receives.append((step.receive.peer, _spec(shapes, own)))
+        receives = [(hop.peer, self._spec_of_shard(hop.shard))] if hop else []
         return self._channel.post(step.index, _SHARDS, sends, receives)
+
+    def _spec_of_shard(self, shard: int) -> Spec:
+        length, own = self._lengths[shard], self._own.tensors
+        shapes = [_long(x.shape, length, 3 if flip else 2) for x, flip in zip(own, self._flipped, strict=True)]
+        return _spec(shapes, own)
 
     def receive_shard(self, arriving: Pending) -> None:
         """Wait for the step's hops; what arrived is visiting now, what was visiting may be overwritten."""

@@ -112,11 +112,12 @@ def attend(
     transport: Annotated[
         str,
         typer.Option(
-            metavar="torch_dist|local",
-            help="Workers are processes (torch.distributed, gloo), or threads of this process.",
+            metavar="|".join(TRANSPORTS),
+            help="local: workers are threads of this process. Else processes, which read each other's shards in "
+            "shared_memory or send them by torch_dist (gloo); auto: the first of the two that works.",
             rich_help_panel=_RUN,
         ),
-    ] = "torch_dist",
+    ] = "auto",
     kernel: Annotated[
         str, typer.Option(metavar="NAME", help="What computes; see ringspan doctor.", rich_help_panel=_RUN)
     ] = "auto",
@@ -168,20 +169,20 @@ def attend(
 
     def planned(num_workers: int, processes: bool) -> Job:
         asked = Asked(causal, parse_window(window), parse_documents(documents), layout, scale, kernel)
-        rest = {"with_lse": lse, "compare": compare, "timeout_s": timeout}
+        rest = {"transport": transport, "with_lse": lse, "compare": compare, "timeout_s": timeout}
         return plan(source(), asked, num_workers, processes, out, **rest)
 
     _end(lambda: _attend(planned, workers, transport, timeout))
 
 
 def _attend(planned: Callable[[int, bool], Job], workers: int | None, transport: str, timeout_s: float) -> Exit:
-    if transport not in TRANSPORTS[1:]:
-        known = ", ".join(TRANSPORTS[1:])
+    if transport not in TRANSPORTS:
+        known = ", ".join(TRANSPORTS)
         raise ArgumentError(explain("--transport is unknown.", got=repr(transport), fix=f"one of {known}"))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_against_torchrun(workers, transport, int(os.environ["WORLD_SIZE"]))
         return worker_processes.run_under_torchrun(lambda size: planned(size, True), timeout_s)
-    job = planned(workers or 4, transport == "torch_dist")
+    job = planned(workers or 4, transport != "local")
     refuse_unwritable(job)
     return worker_processes.run_local_processes(job) if job.processes else attend_job.run_in_threads(job)
 

@@ -74,7 +74,7 @@ def attend_shard(
 ) -> tuple[Tensor, Tensor, Spent]:
     """out and lse of this worker's queries, and what they took."""
     # One token each: connects the workers, and lets all of them start the clock together.
-    ring_attention(*(x[:, :, :1] for x in shard), group=group, kernel=job.asked.kernel)
+    ring_attention(*(x[:, :, :1] for x in shard), group=group, kernel=job.asked.kernel, transport=job.transport)
     records: list[observe.StepRecord] = []
 
     def note(record: observe.StepRecord) -> None:
@@ -83,7 +83,7 @@ def attend_shard(
 
     memory, begin = PeakMemory() if job.processes else None, time.perf_counter()
     with observe.steps(note):
-        out, lse = ring_attention(*shard, group=group, return_lse=True, **vars(job.asked))
+        out, lse = ring_attention(*shard, group=group, transport=job.transport, return_lse=True, **vars(job.asked))
     seconds = time.perf_counter() - begin
     compute_s, wait_s = (sum(getattr(record, name) for record in records) for name in ("compute_s", "wait_s"))
     return out, lse, Spent(seconds, compute_s, wait_s, memory.beyond_bytes() if memory else None)

@@ -21,7 +21,7 @@ from ringspan.state import state_dtype
 class Job:
     """Made by `plan`, which refuses what cannot be done.
 
-    processes: workers are the ranks of a process group, else threads of this process. part: where the result is
+    processes: workers are the ranks of a process group, else threads of this process. transport: between them. part: where the result is
     written before it gets the name out. timeout_s: bounds every wait of one worker for another.
     """
 
@@ -29,6 +29,7 @@ class Job:
     asked: Asked
     num_workers: int
     processes: bool
+    transport: str = "auto"
     out: Path | None = None
     part: Path | None = None
     with_lse: bool = False
@@ -67,7 +68,7 @@ class Spent:
 def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: Path | None, **rest) -> Job:
     """The job, once everything that can be refused beforehand has been looked at. Computes nothing."""
     part = None if out is None else out.parent / f".{out.name}.{secrets.token_hex(4)}.part"
-    job = Job(source, asked, num_workers, processes, out, part, **rest)
+    job = Job(source, asked, num_workers, processes, out=out, part=part, **rest)
     kernel_table.choose(asked.kernel, source.dtype, torch.device("cpu"), source.shapes["q"][3])
     mask = job.mask
     if job.compare and (mask.cu_seqlens is not None or mask.left != UNBOUNDED or mask.right > 0):

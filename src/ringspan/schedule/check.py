@@ -20,7 +20,7 @@ def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layo
     """Raise ScheduleError unless all ranks' schedules of one pass together are right.
 
     Every visible pair is computed exactly once and no invisible one; every shard is there before it is used and
-    is used at the step it was sent for; both ends of each hop agree; no rank holds more than two visiting shards
+    is used at the step it was sent for; both ends of each hop agree; its readers are those it reaches; no rank holds more than two visiting shards
     (the one in use and the one arriving); and with `rides`, the backward, each gradient reaches its owner once.
     """
     _check_pairs(schedules, mask, queries, keys)
@@ -99,6 +99,10 @@ def _check_hops(schedules: Sequence[Schedule]) -> None:
             held = {plan.rank} if visiting is None else {plan.rank, visiting}
     _require(posted == awaited, f"hops that only one end knows: {(posted - awaited) + (awaited - posted)}")
     _require(not posted or max(posted.values()) == 1, "a hop is posted twice")
+    reached = {plan.rank: Counter(peer for _, _, peer, shard in awaited if shard == plan.rank) for plan in schedules}
+    for plan in schedules:
+        readers = Counter(plan.readers)
+        _require(readers == reached[plan.rank], f"rank {plan.rank} has readers {readers}, not {reached[plan.rank]}")
 
 
 def _used_at(plan: Schedule, shard: int, index: int) -> bool:

@@ -50,9 +50,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """One rank's part of one pass. Steps in which it does nothing are left out."""
+    """One rank's part of one pass. Steps in which it does nothing are left out.
+
+    readers: the ranks that receive this rank's own shard, the one that needs it first foremost.
+    """
 
     rank: int
     num_ranks: int
     travels: Travels
     steps: tuple[Step, ...]
+    readers: tuple[int, ...]

@@ -25,7 +25,9 @@ def ring_schedule(
     """One rank's schedule. rides: gradients of the travelling shard ride along (the backward)."""
     ring = _Ring(mask, query_layout, key_layout, travels)
     steps = (ring.step(rank, index, rides) for index in range(ring.num_ranks + rides))
-    return Schedule(rank, ring.num_ranks, travels, tuple(step for step in steps if not step.idle))
+    return Schedule(
+        rank, ring.num_ranks, travels, tuple(step for step in steps if not step.idle), tuple(ring.readers(rank))
+    )
 
 
 def travelling_side(problem: Problem) -> Travels:
@@ -64,6 +66,11 @@ class _Ring:
         if not 0 <= index < self.num_ranks:
             return False
         return bool(self.tiles((shard + index) % self.num_ranks, shard))
+
+    def readers(self, rank: int):
+        for index in range(1, self.num_ranks):
+            if self.works(index, rank):
+                yield (rank + index) % self.num_ranks
 
     def step(self, rank: int, index: int, rides: bool) -> Step:
         shard = (rank - index) % self.num_ranks

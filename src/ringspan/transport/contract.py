@@ -54,10 +54,15 @@ class Pending(ABC):
 
 
 class Channel(ABC):
-    """One call's transfers. `rank` and `size` count within the ring that the channel was opened for."""
+    """One call's transfers. `rank` and `size` count within the ring that the channel was opened for.
+
+    in_place: a parcel is read where its owner put it, so a shard is sent once to all its readers by its owner, and
+    is never handed on. Other channels copy: a received parcel may be sent on until it is released.
+    """
 
     rank: int
     size: int
+    in_place: bool = False
 
     @abstractmethod
     def post(
@@ -84,7 +89,7 @@ class Channel(ABC):
         """Block until every rank that reads this rank's own tensors has finished with them."""
 
     def computing(self) -> AbstractContextManager:
-        """Held while a kernel runs, never while waiting: lets a transport bound how many compute at once."""
+        """Around a pass. Lets a transport bound how many compute at once; it must not count who waits in it."""
         return nullcontext()
 
 

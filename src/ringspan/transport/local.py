@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = threading.BoundedSemaphore(len(os.sched_getaffinity(0)))
+        self.permits = _Permits(len(os.sched_getaffinity(0)))
         self.failure: tuple[int | None, BaseException] | None = None
         self.agreements: dict[int, _Rendezvous] = {}
         self.lock = threading.Lock()
@@ -232,6 +233,27 @@ class _Board:
                     )
                 )
             box.changed.wait(left)
+
+
+class _Permits:
+    """A semaphore that costs a microsecond: threading's own is made of Python."""
+
+    def __init__(self, count: int) -> None:
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def take(self) -> None:
+        self._free.get()
+
+    def give_back(self) -> None:
+        self._free.put(None)
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
 
 
 def _who(rank: int | None) -> str:
@@ -299,6 +321,8 @@ def _missing(meeting: _Rendezvous) -> str:
 
 
 class _LocalChannel(Channel):
+    in_place = True
+
     def __init__(self, board: _Board, call: int, members: tuple[int, ...], group_rank: int) -> None:
         self._board = board
         self._call = call
@@ -306,6 +330,7 @@ class _LocalChannel(Channel):
         self._group_rank = group_rank
         self.rank = members.index(group_rank)
         self.size = len(members)
+        self._computing = False
 
     def post(
         self,
@@ -327,11 +352,8 @@ class _LocalChannel(Channel):
         source = self._members[peer]
         box = self._board.boxes[self._group_rank]
         key = (self._call, source, index, lane)
-        with box.changed:
-            self._board.wait(
-                box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}"
-            )
-            return box.parcels.pop(key)
+        self._wait(box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}")
+        return box.parcels.pop(key)
 
     def release(self, parcel: Parcel) -> None:
         if parcel.owner is not None:
@@ -348,16 +370,39 @@ class _LocalChannel(Channel):
         # A rank that hands a parcel on counts its reader before it releases its own hold, so the count of
         # readers cannot touch 0 while anybody still reads or will read.
         box = self._board.boxes[self._group_rank]
-        with box.changed:
-            self._board.wait(
-                box,
-                lambda: not box.num_readers.get(self._call),
-                lambda: f"the readers of rank {self._group_rank}'s tensors in call {self._call}",
-            )
-            box.num_readers.pop(self._call, None)
+        self._wait(
+            box,
+            lambda: not box.num_readers.get(self._call),
+            lambda: f"the readers of rank {self._group_rank}'s tensors in call {self._call}",
+        )
+        box.num_readers.pop(self._call, None)
 
-    def computing(self) -> AbstractContextManager:
-        return self._board.permits
+    def _wait(self, box: _Mailbox, ready: Callable[[], bool], waiting_for: Callable[[], str]) -> None:
+        if ready():
+            return
+        with self._others_computing(), box.changed:
+            self._board.wait(box, ready, waiting_for)
+
+    @contextmanager
+    def computing(self):
+        """At most as many workers as there are cores; each goes on until it must wait, while its caches are warm."""
+        with self._board.permits:
+            self._computing = True
+            try:
+                yield
+            finally:
+                self._computing = False
+
+    @contextmanager
+    def _others_computing(self):
+        if not self._computing:
+            yield
+            return
+        self._board.permits.give_back()
+        try:
+            yield
+        finally:
+            self._board.permits.take()
 
 
 class _LocalPending(Pending):

@@ -1,8 +1,8 @@
 """Process groups on one host, for CPU tensors: shards are published once in shared memory and read in place.
 
-What a rank sends is a note of where a parcel lies (segments.py), through pipes (inbox.py). A parcel that is handed
-on stays where its owner put it; whoever has read it tells the owner, so the owner knows when nobody reads it any
-more. Nothing here has a name, so that nothing is left behind when a process is killed.
+What a rank sends is a note of where a parcel lies (segments.py), through pipes (inbox.py). Whoever has read it
+tells the owner, who may then reuse the memory. Nothing here has a name, so that nothing is left behind when a
+process is killed.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class SharedMemoryTransport(Transport):
 
     def memory(self, owner: int, lies: Whereabouts, call: int) -> Tensor:
         """What the owner announced, mapped here."""
-        pid = os.getpid() if owner == self.rank else self.links[owner].pid
+        pid = self.links[owner].pid
         try:
             return self._mappings.memory(pid, lies, call)
         except OSError as error:
@@ -185,12 +185,9 @@ class SharedMemoryTransport(Transport):
         self.pool.end_call(call)
         self._mappings.end_call(call)
 
-    def give_back(self, owner: int, call: int, loan: int, passed_on: list[int]) -> None:
-        """Tell the owner that this rank has read its parcel, and to whom it was handed on."""
-        if owner == self.rank:
-            self._loans[loan].returned(self.rank, passed_on)
-        else:
-            self._send(owner, _RELEASED, call, json.dumps([loan, passed_on]).encode())
+    def give_back(self, owner: int, call: int, loan: int) -> None:
+        """Tell the owner that this rank has read its parcel."""
+        self._send(owner, _RELEASED, call, str(loan).encode())
 
     def _send(self, rank: int, kind: int, call: int, body: bytes) -> None:
         record, link = Record(kind, self.rank, call, body), self.links[rank]
@@ -249,36 +246,25 @@ class SharedMemoryTransport(Transport):
                 index, lane, note = _Note.unpacked(record.body)
                 self._notes[record.call, record.sender, index, lane] = note
             elif record.kind == _RELEASED:
-                loan, passed_on = json.loads(record.body)
-                self._loans[loan].returned(record.sender, passed_on)
+                self._loans[int(record.body)].returned(record.sender)
             elif self._failed_first is None:
                 self._failed_first = record.sender, record.body.decode(errors="replace")
 
 
 @dataclass(eq=False)
 class _Loan:
-    """A parcel of this rank that others read.
-
-    readers: who was given it, as far as this rank knows; done: who has read it. A reader that handed it on says to
-    whom only when it has read it itself, so the two are equal only when all have read it.
-    """
+    """A parcel of this rank that others read. memory: what was taken from the pool for it."""
 
     serial: int
     whereabouts: list[Whereabouts]
-    memory: Tensor | None  # of this transport's pool
+    memory: Tensor | None
     readers: Counter = field(default_factory=Counter)
-    done: Counter = field(default_factory=Counter)
 
-    def returned(self, reader: int, passed_on: Sequence[int]) -> None:
-        self.done[reader] += 1
-        self.readers.update(passed_on)
-
-    @property
-    def over(self) -> bool:
-        return self.readers == self.done
+    def returned(self, reader: int) -> None:
+        self.readers[reader] -= 1
 
     def reading(self) -> set[int]:
-        return set(self.readers - self.done)
+        return {reader for reader, count in self.readers.items() if count}
 
 
 @dataclass(frozen=True)
@@ -300,13 +286,15 @@ class _Note:
 
 
 class _SharedChannel(Channel):
+    in_place = True
+
     def __init__(self, transport: SharedMemoryTransport, call: int, members: tuple[int, ...]) -> None:
         self._transport = transport
         self._call = call
         self._members = members
         self._loans: dict[Parcel, _Loan] = {}
         self._buffers: dict[Parcel, Tensor] = {}  # with their memory in the pool
-        self._borrowed: dict[Parcel, tuple[_Note, list[int]]] = {}  # with the ranks it was handed on to
+        self._borrowed: dict[Parcel, _Note] = {}
         self.rank = members.index(transport.rank)
         self.size = len(members)
 
@@ -324,10 +312,7 @@ class _SharedChannel(Channel):
         return _SharedPending(self, index, lane, receives, filled)
 
     def _lend(self, parcel: Parcel, reader: int) -> _Note:
-        if parcel in self._borrowed:
-            note, passed_on = self._borrowed[parcel]
-            passed_on.append(reader)
-            return note
+        assert parcel not in self._borrowed, "what is read in place is not handed on"
         loan = self._loans.get(parcel)
         if loan is None:
             loan = self._loans[parcel] = self._publish(parcel)
@@ -365,20 +350,20 @@ class _SharedChannel(Channel):
                 for lies, shape, dtype in parts
             )
         )
-        self._borrowed[parcel] = note, []
+        self._borrowed[parcel] = note
         return parcel
 
     def await_readers(self, loans: Collection[_Loan]) -> None:
         self._transport.wait(
-            lambda: all(loan.over for loan in loans),
+            lambda: not any(loan.reading() for loan in loans),
             lambda: set().union(*(loan.reading() for loan in loans)),
             f"to read rank {self._transport.rank}'s tensors in call {self._call}",
         )
 
     def release(self, parcel: Parcel) -> None:
         if parcel in self._borrowed:
-            note, passed_on = self._borrowed.pop(parcel)
-            self._transport.give_back(note.owner, self._call, note.loan, passed_on)
+            note = self._borrowed.pop(parcel)
+            self._transport.give_back(note.owner, self._call, note.loan)
         elif parcel in self._buffers:
             self._transport.pool.give_back(self._buffers.pop(parcel), self._call)
             self._end(self._loans.pop(parcel, None))
