@@ -20,7 +20,8 @@ def test_doctor_tells_versions_kernels_transports_and_tries_a_ring(ringspan):
     assert f"torch {torch.__version__}" in ended.out and "Python 3." in ended.out and "GiB" in ended.out
     for kernel in kernel_table.KERNELS:
         assert re.search(rf"^ *{kernel.name} +[✓✗] +[✓✗]", ended.out, re.MULTILINE)
-    assert re.search(r"local +✓", ended.out) and re.search(r"torch_dist +gloo +✓", ended.out)
+    assert re.search(r"local +✓", ended.out) and re.search(r"shared_memory +✓", ended.out)
+    assert re.search(r"torch_dist +gloo +✓", ended.out)
     assert re.search(r"✓ a ring of 3 threads over 301 tokens.*error \d\.\de-\d+", ended.out)
     assert all(len(line) <= 100 for line in ended.out.splitlines())
 

@@ -143,16 +143,24 @@ def test_lengths_that_no_zigzag_or_stripe_has_are_refused_on_every_rank():
         assert run_local(work, 3, layout) == [(1, 2, 8, 4)] * 3
 
 
-def fall_silent(rank, phase, victim):
+def fall_silent(rank, phase, victim, transport):
     """One rank is killed at a phase of a call; the kernel of the others is not touched."""
+    if rank == victim and phase == "the first call":
+        die()
+    good_call()
     if rank == victim:
-        if phase == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        die_in_kernel(forward=phase == "forward")
+        if phase == "publishing":
+            ringspan.call.execute.forward = die
+        else:
+            die_in_kernel(forward=phase == "forward")
     q, k, v = (x.requires_grad_() for x in shards(tokens=16))
-    out = ringspan.ring_attention(q, k, v)
+    out = ringspan.ring_attention(q, k, v, transport=transport)
     out.sum().backward()
     return "finished"
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_in_kernel(forward):
@@ -161,18 +169,19 @@ def die_in_kernel(forward):
     name = "absorb" if forward else "absorb_gradient"
     calls = []
 
-    def die(*args):
+    def die_at_second(*args):
         calls.append(args)
         if len(calls) == 2:  # the first tile went well; its shard is on the way to a neighbour
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
     for kernel in KERNELS:
-        setattr(kernel, name, die)
+        setattr(kernel, name, die_at_second)
 
 
-@pytest.mark.parametrize("phase", ["before", "forward", "backward"])
-def test_when_a_rank_is_killed_the_others_raise_soon_and_name_it(phase):
-    endings = run_processes(fall_silent, 4, phase, 2, group_timeout_s=30)
+@pytest.mark.parametrize("transport", ["shared_memory", "torch_dist"])
+@pytest.mark.parametrize("phase", ["the first call", "publishing", "forward", "backward"])
+def test_when_a_rank_is_killed_the_others_raise_soon_and_name_it(phase, transport):
+    endings = run_processes(fall_silent, 4, phase, 2, transport, group_timeout_s=30)
     assert endings[2].exitcode == -signal.SIGKILL
     for rank in (0, 1, 3):
         error = endings[rank].error
@@ -210,7 +219,9 @@ def test_when_a_rank_raises_in_the_middle_of_a_call_the_others_get_its_name_and_
         assert "rank 1 failed first: MemoryError: no room for this tile" in found[rank][1]
 
 
-def stay_away(rank, absent):
+def stay_away(rank, absent, num_calls):
+    for _ in range(num_calls):
+        good_call()
     if rank != absent:
         ringspan.ring_attention(*shards())
     else:
@@ -221,11 +232,12 @@ def stay_away(rank, absent):
         store.wait([f"ringspan/{dist.group.WORLD.group_name}/failed"])
 
 
-def test_a_rank_that_never_comes_is_named_when_the_timeout_has_passed():
-    endings = run_processes(stay_away, 3, 1, group_timeout_s=4)
+@pytest.mark.parametrize(("num_calls", "words"), [(0, "no sign of rank 1"), (2, "rank 1 to begin call")])
+def test_a_rank_that_never_comes_is_named_when_the_timeout_has_passed(num_calls, words):
+    endings = run_processes(stay_away, 3, 1, num_calls, group_timeout_s=4)
     for rank in (0, 2):
         assert isinstance(endings[rank].error, ringspan.RankFailedError)
-        assert "no sign of rank 1" in str(endings[rank].error), str(endings[rank].error)
+        assert words in str(endings[rank].error), str(endings[rank].error)
 
 
 def come_late(rank, seconds):

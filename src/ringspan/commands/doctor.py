@@ -20,6 +20,7 @@ from ringspan.commands.attend import num_cores
 from ringspan.commands.report import console
 from ringspan.commands.source import RandomSource
 from ringspan.kernels.table import KERNELS
+from ringspan.transport import segments
 
 _HEAD_DIM = 64
 _PACKAGES = ("torch", "numpy", "rich", "typer", "safetensors", "ml_dtypes")
@@ -93,6 +94,9 @@ def _kernels() -> Table:
 def _transports() -> Table:
     table = _table("transports", "name", "", "usable", "what it is")
     table.add_row("local", "", _mark(True), "threads of one process (ringspan.run_local)")
+    missing = segments.why_unsupported()
+    what = "processes of one host, tensors on CPUs: read where they are"
+    table.add_row("shared_memory", "", _mark(missing is None), what if missing is None else f"{what}: {missing}")
     for backend, what, usable, why in (
         ("gloo", "processes, tensors on CPUs", dist.is_available() and dist.is_gloo_available(), "no gloo"),
         ("nccl", "processes, tensors on NVIDIA GPUs", *_nccl()),

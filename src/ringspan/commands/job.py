@@ -21,8 +21,9 @@ from ringspan.state import state_dtype
 class Job:
     """Made by `plan`, which refuses what cannot be done.
 
-    processes: workers are the ranks of a process group, else threads of this process. transport: between them. part: where the result is
-    written before it gets the name out. timeout_s: bounds every wait of one worker for another.
+    processes: workers are the ranks of a process group, else threads of this process. transport: between them.
+    part: where the result is written before it gets the name out. timeout_s: bounds every wait of one worker for
+    another.
     """
 
     source: Source

@@ -20,8 +20,9 @@ def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layo
     """Raise ScheduleError unless all ranks' schedules of one pass together are right.
 
     Every visible pair is computed exactly once and no invisible one; every shard is there before it is used and
-    is used at the step it was sent for; both ends of each hop agree; its readers are those it reaches; no rank holds more than two visiting shards
-    (the one in use and the one arriving); and with `rides`, the backward, each gradient reaches its owner once.
+    is used at the step it was sent for; both ends of each hop agree; a shard's readers are the ranks that it
+    reaches; no rank holds more than two visiting shards (the one in use and the one arriving); and with `rides`,
+    the backward, each gradient reaches its owner once.
     """
     _check_pairs(schedules, mask, queries, keys)
     _check_hops(schedules)

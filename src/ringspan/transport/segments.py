@@ -125,7 +125,7 @@ class Whereabouts:
     def of(x: Tensor) -> Whereabouts:
         segment = segment_of(x)
         assert segment is not None
-        offset = x.storage_offset() * x.element_size()
+        offset = int(x.storage_offset()) * x.element_size()
         return Whereabouts(segment.serial, segment.fd, len(segment), offset, x.stride())
 
 

@@ -119,8 +119,9 @@ class SharedMemoryTransport(Transport):
         self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
         self._failed_first: tuple[int, str] | None = None
         self._told = False
-        for end in (inbox, *links):
-            weakref.finalize(self, end.close)
+        weakref.finalize(self, inbox.close)
+        for link in links:
+            weakref.finalize(self, link.close)
 
     def begin_call(self) -> int:
         return self._beside.begin_call()
@@ -282,7 +283,7 @@ class _Note:
     @staticmethod
     def unpacked(body: bytes) -> tuple[int, int, _Note]:
         index, lane, owner, loan, lies = json.loads(body)
-        return index, lane, _Note(owner, loan, [Whereabouts(*lie[:4], tuple(lie[4:])) for lie in lies])
+        return index, lane, _Note(owner, loan, [Whereabouts(*lie[:4], stride=tuple(lie[4:])) for lie in lies])
 
 
 class _SharedChannel(Channel):

@@ -34,6 +34,7 @@ _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
 
+
 class TorchDistTransport(Transport):
     """This rank's end of a process group."""
 
