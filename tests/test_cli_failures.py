@@ -179,7 +179,7 @@ def _busy_job(tmp_path) -> tuple[subprocess.Popen, list[int]]:
     words = ("attend", "--tokens", "12000", "--kernel", "reference", "--workers", "2", "--out", tmp_path / "out")
     line = [sys.executable, "-m", "ringspan", *map(str, words)]
     job = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert "worker 0, step 1 of 2" in job.stderr.readline()
+    assert "step 1 of 2 of worker 0" in job.stderr.readline()
     return job, _children(job.pid)
 
 

@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 
 _DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+_SHORT_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 _ATTEND = """Attend over one long sequence with a ring of workers, check the result, and write it.
 
 Try it: [bold]ringspan attend --tokens 8192 --causal --layout striped[/]
@@ -205,6 +206,7 @@ def _kv_heads(heads: int, kv_heads: int | None) -> int:
 
 
 def _dtype(name: str):
+    name = _SHORT_NAMES.get(name, name)
     if name not in _DTYPE_NAMES:
         raise ArgumentError(explain("--dtype is unknown.", got=repr(name), fix=f"one of {', '.join(_DTYPE_NAMES)}"))
     return _DTYPE_NAMES[name]

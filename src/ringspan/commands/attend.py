@@ -23,12 +23,12 @@ from ringspan.state import state_dtype
 
 def run_in_threads(job: Job) -> Exit:
     """The whole job in this process, its workers threads."""
-    with report.progress() as bars:
+    with report.progress("all workers", sum(map(job.num_steps, range(job.num_workers)))) as bars:
         shards = run_local(lambda group: load(job, group.rank()), job.num_workers)
         memory = PeakMemory()
 
         def work(group: Any) -> tuple[Tensor, Tensor, Spent]:
-            return attend_shard(group, job, shards[group.rank()], _nothing if group.rank() else bars.step)
+            return attend_shard(group, job, shards[group.rank()], bars.step)
 
         results = run_local(work, job.num_workers, timeout=job.timeout_s)
         peak_bytes = memory.beyond_bytes()
@@ -47,7 +47,7 @@ def run_as_rank(job: Job) -> Exit:
     if rank:
         _send(job, rank, *attend_shard(None, job, load(job, rank), _nothing))
         return Exit.OK
-    with report.progress() as bars:
+    with report.progress("worker 0", job.num_steps(0)) as bars:
         out, lse, spent = attend_shard(None, job, load(job, rank), bars.step)
         every_spent: list[Any] = [None] * job.num_workers
         dist.gather_object(spent, every_spent)

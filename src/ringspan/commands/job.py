@@ -14,6 +14,7 @@ from ringspan.errors import ArgumentError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.layout import Layout, split
 from ringspan.problem import UNBOUNDED, Mask, Problem
+from ringspan.schedule.ring import ring_schedule
 from ringspan.state import state_dtype
 
 
@@ -54,6 +55,10 @@ class Job:
 
     def layout(self, name: str) -> Layout:
         return split(self.asked.layout, self.source.shapes[name][2], self.num_workers)
+
+    def num_steps(self, rank: int) -> int:
+        """Of a worker's forward."""
+        return len(ring_schedule(self.mask, self.layout("q"), self.layout("k"), rank).steps)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from ringspan.commands.job import Job, Spent
 
 _WIDTH = 100  # where the output is no terminal
+_LINES = 20  # of progress there
 
 
 def console(stderr: bool = False) -> Console:
@@ -36,19 +47,26 @@ def complain(text: str) -> None:
 
 
 class Bars:
-    """Progress on stderr: bars on a terminal, else a line a step."""
+    """Progress on stderr: bars on a terminal, else a line for every twentieth of the steps."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, whose: str, num_steps: int) -> None:
         self._progress = progress
-        self._ring = None if progress is None else progress.add_task("ring steps of worker 0", total=None)
+        self._whose, self._num_steps, self._num_done = whose, num_steps, 0
+        self._ring = None if progress is None else progress.add_task(f"ring steps of {whose}", total=num_steps)
         self._rows: TaskID | None = None
+        self._lock = threading.Lock()
+        self._begin: float | None = None
 
-    def step(self, record: StepRecord) -> None:
-        if self._progress is not None and self._ring is not None:
-            self._progress.update(self._ring, completed=record.place, total=record.num_steps)
-        else:
-            told = f"computed {record.compute_s:.2f} s, waited {record.wait_s:.2f} s"
-            print(f"worker 0, step {record.place} of {record.num_steps}: {told}", file=sys.stderr, flush=True)
+    def step(self, _: StepRecord) -> None:
+        with self._lock:  # workers that are threads all call this
+            self._begin = self._begin or time.monotonic()
+            self._num_done += 1
+            if self._progress is not None and self._ring is not None:
+                self._progress.advance(self._ring)
+            elif self._num_done * _LINES // self._num_steps > (self._num_done - 1) * _LINES // self._num_steps:
+                left_s = (time.monotonic() - self._begin) * (self._num_steps / self._num_done - 1)
+                told = f"step {self._num_done} of {self._num_steps} of {self._whose}, about {left_s:.0f} s left"
+                print(told, file=sys.stderr, flush=True)
 
     def checking(self, share: float) -> None:
         """Told of the share of the keys that another block of the check is."""
@@ -64,14 +82,22 @@ class Bars:
 
 
 @contextmanager
-def progress() -> Iterator[Bars]:
+def progress(whose: str, num_steps: int) -> Iterator[Bars]:
+    """whose: the workers whose steps are counted; num_steps: of all of them."""
     out = console(stderr=True)
     if not out.is_terminal:
-        yield Bars(None)
+        yield Bars(None, whose, num_steps)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=out) as bars:
-        yield Bars(bars)
+        yield Bars(bars, whose, num_steps)
 
 
 def show(

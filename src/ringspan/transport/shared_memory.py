@@ -283,7 +283,15 @@ class _Note:
     @staticmethod
     def unpacked(body: bytes) -> tuple[int, int, _Note]:
         index, lane, owner, loan, lies = json.loads(body)
-        return index, lane, _Note(owner, loan, [Whereabouts(*lie[:4], stride=tuple(lie[4:])) for lie in lies])
+        return (
+            index,
+            lane,
+            _Note(
+                owner,
+                loan,
+                [Whereabouts(serial, fd, size, at, tuple(stride)) for serial, fd, size, at, *stride in lies],
+            ),
+        )
 
 
 class _SharedChannel(Channel):
