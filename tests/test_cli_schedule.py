@@ -29,7 +29,7 @@ def test_the_picture_shows_each_ranks_shards_hops_and_loads(ringspan):
         "2 ▒▒▒ 2 →3 ▒▒▒ 1 →3 ▒▒▒ 0 →3 ▒▒▒ 3 33.6M 1.00 3",
         "3 ▒▒▒ 3 →0 ▒▒▒ 2 →0 ▒▒▒ 1 →0 ▒▒▒ 0 33.6M 1.00 3",
     ]
-    assert "134.2M visible pairs a head in 28 tiles; balance 1.00" in ended.out
+    assert "134.2M visible pairs a head in 16 tiles; balance 1.00" in ended.out
     assert "12 hops" in ended.out and all(len(line) <= 100 for line in ended.out.splitlines())
 
 

@@ -97,6 +97,14 @@ def test_a_mask_without_documents_makes_bands_only_in_every_layout(name, left, r
             assert tile.intervals().band is not None
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("mask", [Mask(61, 61), Mask(61, 61, right=0)])
+def test_what_one_tile_can_show_is_one_tile(name, mask):
+    layout = split(name, 61, 4)
+    for query_rank, key_rank in product(range(4), range(4)):
+        assert len(tiles_between(layout.ranges(query_rank), layout.ranges(key_rank), mask)) <= 1
+
+
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(5, 29), (29, 5), (7, 0), (0, 7)])
 def test_without_a_mask_every_tile_of_unequal_lengths_is_full(num_queries, num_keys):
     queries, keys = split("contiguous", num_queries, 3), split("contiguous", num_keys, 3)

@@ -29,6 +29,10 @@ class Mask:
     def sees_all(self) -> bool:
         return self.left == self.right == UNBOUNDED and self.cu_seqlens is None
 
+    @property
+    def is_causal_only(self) -> bool:
+        return (self.left, self.right, self.cu_seqlens) == (UNBOUNDED, 0, None)
+
     def document(self, position: int) -> tuple[int, int]:
         """The [start, end) of the document that holds a global position."""
         if self.cu_seqlens is None:

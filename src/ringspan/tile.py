@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import numpy as np
 
@@ -161,7 +162,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries at some global positions against keys at others, under a mask.
+    """Queries at some global positions against keys at others, under a mask; only how they lie to each other counts.
 
     row_start, key_start: where the two runs begin in their shards.
     """
@@ -183,9 +184,8 @@ class Tile:
     def intervals(self) -> RowIntervals:
         """Local key indices that each row sees."""
         num_rows, num_keys = len(self.queries), len(self.keys)
-        band = self._band()
-        if band is not None:
-            return RowIntervals(num_rows, num_keys, band)
+        if self._band is not None:
+            return RowIntervals(num_rows, num_keys, self._band)
         positions = np.arange(self.queries.start, self.queries.stop, self.queries.step, dtype=np.int64)
         lo, hi = (
             # Local index of the first key at or after a global position: a ceiling division.
@@ -198,6 +198,7 @@ class Tile:
     def kind(self) -> Kind:
         return self.intervals().kind
 
+    @cached_property
     def _band(self) -> Band | None:
         """The tile as a diagonal band, where documents do not matter and both runs have one stride."""
         if not self.queries or not self.keys:
@@ -219,8 +220,15 @@ class Tile:
 
 
 def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> tuple[Tile, ...]:
-    """Every tile of a query shard and a key shard in which some pair is visible."""
-    found = []
+    """The fewest tiles of a query shard and a key shard in which every visible pair is: few large tiles are cheaper.
+
+    A shard's ranges ascend. Tiles in which no pair is visible are left out.
+    """
+    if query_ranges == key_ranges and mask.is_causal_only:
+        # Later in the shard is later in the sequence, wherever the shard's runs lie: one diagonal.
+        length = sum(map(len, query_ranges))
+        return (_local_tile(slice(0, length), slice(0, length), right=0),) if length else ()
+    found: list[Tile] = []
     row_start = 0
     for queries in query_ranges:
         key_start = 0
@@ -228,6 +236,27 @@ def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...]
             tile = Tile(queries, keys, row_start, key_start, mask)
             if tile.kind is not Kind.EMPTY:
                 found.append(tile)
+                while len(found) > 1 and (joined := _joined(found[-2], found[-1])):
+                    found[-2:] = [joined]
             key_start += len(keys)
         row_start += len(queries)
     return tuple(found)
+
+
+def _joined(first: Tile, second: Tile) -> Tile | None:
+    """Two full tiles as one, where together they are a rectangle."""
+    if not first.kind is second.kind is Kind.FULL:
+        return None
+    if first.rows == second.rows and first.columns.stop == second.columns.start:
+        return _local_tile(first.rows, slice(first.columns.start, second.columns.stop))
+    if first.columns == second.columns and first.rows.stop == second.rows.start:
+        return _local_tile(slice(first.rows.start, second.rows.stop), first.columns)
+    return None
+
+
+def _local_tile(rows: slice, columns: slice, right: int = UNBOUNDED) -> Tile:
+    """A tile whose rule needs no global positions: its own rows and keys, counted from 0, stand for them."""
+    num_rows, num_keys = rows.stop - rows.start, columns.stop - columns.start
+    length = max(num_rows, num_keys)
+    mask = Mask(length, length, right=right)
+    return Tile(range(num_rows), range(num_keys), rows.start, columns.start, mask)
