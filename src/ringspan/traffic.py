@@ -29,6 +29,7 @@ class Traffic:
         self._flipped = flipped
         self._own = Parcel(tuple(_flip(own, flipped)))
         self._visiting: Parcel = self._own
+        self._specs: dict[int, Spec] = {}  # of shards, by length
         self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
         if channel.in_place:
@@ -48,8 +49,10 @@ class Traffic:
 
     def _spec_of_shard(self, shard: int) -> Spec:
         length, own = self._lengths[shard], self._own.tensors
-        shapes = [_long(x.shape, length, 3 if flip else 2) for x, flip in zip(own, self._flipped, strict=True)]
-        return _spec(shapes, own)
+        if length not in self._specs:
+            shapes = [_long(x.shape, length, 3 if flip else 2) for x, flip in zip(own, self._flipped, strict=True)]
+            self._specs[length] = _spec(shapes, own)
+        return self._specs[length]
 
     def receive_shard(self, arriving: Pending) -> None:
         """Wait for the step's hops; what arrived is visiting now, what was visiting may be overwritten."""

@@ -362,8 +362,8 @@ class _LocalChannel(Channel):
     def _count_readers(self, owner: int, change: int) -> None:
         box = self._board.boxes[self._members[owner]]
         with box.changed:
-            box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
-            if change < 0:
+            left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
+            if left == 0:  # what the owner waits for in `close`; waking it for every reader costs all of them
                 box.changed.notify_all()
 
     def close(self) -> None:
