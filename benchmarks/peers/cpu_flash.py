@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
-REGISTERED = "torch's CPU flash op registered as the CPU kernel of aten::_scaled_dot_product_flash_attention"
-STAND_IN = "torch's CPU flash op behind a stand-in for the module flash_attn"
 
 _library: torch.library.Library | None = None  # registrations last as long as it
 
@@ -43,14 +41,22 @@ def _aten_backward(
 
 
 def flash_attn_stand_in() -> None:
-    """Puts flash_attn.flash_attn_interface into sys.modules."""
-    interface = types.ModuleType("flash_attn.flash_attn_interface")
-    interface._flash_attn_forward = _flash_attn_forward
-    interface._flash_attn_backward = _flash_attn_backward
-    interface._flash_attn_varlen_forward = interface._flash_attn_varlen_backward = None
-    package = types.ModuleType("flash_attn")
-    package.flash_attn_interface = interface
-    sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})
+    interface = stand_in(
+        "flash_attn.flash_attn_interface",
+        _flash_attn_forward=_flash_attn_forward,
+        _flash_attn_backward=_flash_attn_backward,
+        _flash_attn_varlen_forward=None,
+        _flash_attn_varlen_backward=None,
+    )
+    stand_in("flash_attn", flash_attn_interface=interface)
+
+
+def stand_in(name: str, **contents: Any) -> types.ModuleType:
+    """What `import name` finds from now on."""
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    sys.modules[name] = module
+    return module
 
 
 def _flash_attn_forward(

@@ -122,4 +122,4 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     if len(values) < 2:
         return (values[0],) * 3
-    return tuple(statistics.quantiles(values, n=4))
+    return tuple(statistics.quantiles(values, n=4, method="exclusive" if len(values) > 3 else "inclusive"))

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import importlib.metadata
 import json
+import re
 import signal
 import sys
 import time
@@ -94,7 +95,8 @@ class Worker:
 def error_text(error: BaseException) -> Any:
     """Sent in the place of an answer."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
-    return {"error": f"{type(error).__name__}: {lines[0][:300]}"}
+    told = re.sub(r" \(/[^)]*\)", "", lines[0])  # without paths of this machine
+    return {"error": f"{type(error).__name__}: {told[:300]}"}
 
 
 def _die_with_the_driver() -> None:

@@ -9,7 +9,10 @@ class RingFlashAttn(Peer):
     name = "ring-flash-attn"
     packages = ("ring-flash-attn",)
     note = "zigzag if causal"
-    bridge = "torch's CPU flash op behind a stand-in for the module flash_attn"
+    bridge = (
+        "torch's CPU flash op behind a stand-in for the module flash_attn; its adapters for transformers, which "
+        "transformers 5 fails to import, left out"
+    )
 
     def ranges(self, problem, rank, workers):
         return (zigzag if problem.causal else contiguous)(problem.tokens, rank, workers)
@@ -18,6 +21,9 @@ class RingFlashAttn(Peer):
         from benchmarks.peers import cpu_flash, torch_side
 
         cpu_flash.flash_attn_stand_in()
+        cpu_flash.stand_in(
+            "ring_flash_attn.adapters", substitute_hf_flash_attn=None, update_ring_flash_attn_params=None
+        )
         from ring_flash_attn import ring_flash_attn_func, zigzag_ring_flash_attn_func
 
         function = zigzag_ring_flash_attn_func if problem.causal else ring_flash_attn_func
