@@ -22,9 +22,8 @@ from benchmarks.peers import records, report, targets
 from benchmarks.peers.adapters import BASELINE, NATIVE, OTHERS, PEERS, RING, PlainRing
 from benchmarks.peers.contract import Problem
 from benchmarks.peers.environments import Environments
-from benchmarks.peers.measure import Bench
+from benchmarks.peers.measure import Bench, Contender
 from benchmarks.peers.records import Record
-from benchmarks.peers.targets import Contender
 
 SIZES = {8192: (4, 128), 16384: (8, 64)}  # heads and head_dim by tokens
 QUICK_TOKENS = 512

@@ -14,6 +14,7 @@ from benchmarks.peers.contract import Peer, Problem
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.group import Group, PeerFailed
 
+Contender = tuple[Peer, int]  # and its number of workers
 LEAST_ROUNDS = 5
 SLOW = 3.0  # times the baseline: from here on rounds get fewer
 SAMPLE_S = 0.05  # shorter calls are repeated to this
@@ -54,26 +55,36 @@ class Bench:
         self._environments, self._say = environments, say
         self._groups: dict[tuple[str, int], Group] = {}
 
-    def cell(self, problem: Problem, contenders: Sequence[tuple[Peer, int]], rounds: int) -> list[Outcome]:
-        """contenders: peer and number of workers, the baseline among them."""
+    def cell(self, problem: Problem, contenders: Sequence[Contender], rounds: int) -> list[Outcome]:
+        """Checks, then times; the baseline must be among the contenders."""
         self._keep({(peer.name, workers) for peer, workers in contenders})
         outcomes = [Outcome(peer.name, workers, peer.note, peer.bridge) for peer, workers in contenders]
         estimates: dict[int, float] = {}
-        for i, (peer, workers) in enumerate(contenders):
+        for i, contender in enumerate(contenders):
             with _failures_in(outcomes[i]):
-                estimates[i] = self._check_and_prepare(peer, workers, problem, outcomes[i])
-                self._say(f"  {peer.name} x {workers}: {estimates[i]:.3f} s {outcomes[i].wrong}")
-            if outcomes[i].error:
-                self._say(f"  {peer.name} x {workers}: {outcomes[i].error}")
-        baseline = next((estimates[i] for i in estimates if contenders[i][0] is BASELINE), min(estimates.values()))
-        repeats = max(1, round(SAMPLE_S / baseline))
-        shares = {i: share(estimates[i] / baseline, rounds) for i in estimates}
+                estimates[i] = self._check_and_prepare(*contender, problem, outcomes[i])
+            told = outcomes[i].error or f"{estimates[i]:.3f} s {outcomes[i].wrong}"
+            self._say(f"  {outcomes[i].name} x {outcomes[i].workers}: {told}")
+        baseline = next((seconds for i, seconds in estimates.items() if contenders[i][0] is BASELINE), None)
+        if baseline is not None:
+            shares = {i: share(seconds / baseline, rounds) for i, seconds in estimates.items()}
+            self._rounds(contenders, outcomes, shares, rounds, max(1, round(SAMPLE_S / baseline)))
+        return outcomes
+
+    def _rounds(
+        self,
+        contenders: Sequence[Contender],
+        outcomes: Sequence[Outcome],
+        shares: dict[int, set[int]],
+        rounds: int,
+        repeats: int,
+    ) -> None:
+        """Every other round goes backwards, so that nobody always follows the same one."""
         for number in range(rounds):
             running = [i for i in shares if number in shares[i] and not outcomes[i].error]
             for i in running if number % 2 == 0 else reversed(running):
                 with _failures_in(outcomes[i]):
                     outcomes[i].seconds[number] = self._group(*contenders[i]).time(repeats)
-        return outcomes
 
     def close(self) -> None:
         self._keep(set())

@@ -35,10 +35,11 @@ def cell(record: Record) -> str:
 
 def row(outcome: Outcome, outcomes: Sequence[Outcome]) -> str:
     name = f"  {label(outcome):29}"
-    if not outcome.seconds:
-        return f"{name} does not run: {outcome.error}"
     baseline = next(x for x in outcomes if x.name == BASELINE.name)
-    low, middle, high = spread(ratios(outcome, baseline))
+    values = ratios(outcome, baseline)
+    if not values:
+        return f"{name} does not run: {outcome.error or baseline.error}"
+    low, middle, high = spread(values)
     milliseconds = spread(list(outcome.seconds.values()))[1] * 1e3
     gradient = max((error for name, error in outcome.errors.items() if name != "out"), default=None)
     accuracy = f"{outcome.errors['out']:.1e}" + ("" if gradient is None else f" {gradient:.1e}")
@@ -105,14 +106,16 @@ def _panel(panel, record: Record, names: list[str]) -> None:
         if outcome is baseline:
             continue
         place = names.index(outcome.name)
-        if not outcome.seconds:
+        values = ratios(outcome, baseline)
+        if not values:
             panel.text(0.02, place, "does not run", va="center", fontsize=7, color="0.4")
             continue
-        low, middle, high = spread(ratios(outcome, baseline))
+        low, middle, high = spread(values)
         color = "#d1495b" if outcome.name in OURS else "#8d99ae"
         panel.barh(place, middle, color=color, hatch="///" if outcome.wrong else None, edgecolor="white")
         panel.plot([low, high], [place, place], color="black", linewidth=1)
         panel.text(high, place, f" {middle:.2f}", va="center", fontsize=7)
+    panel.margins(x=0.12)
     panel.axvline(1, color="black", linewidth=0.8)
     panel.set_yticks(range(len(names)), names, fontsize=8)
     problem = record.problem

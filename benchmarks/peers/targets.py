@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.peers.adapters import BASELINE, LOCAL, NATIVE, OTHERS, RING
-from benchmarks.peers.contract import Peer, Problem
-from benchmarks.peers.measure import Outcome, ratios, spread
+from benchmarks.peers.contract import Problem
+from benchmarks.peers.measure import Contender, Outcome, ratios, spread
 from benchmarks.peers.records import Record
-
-Contender = tuple[Peer, int]
 
 
 @dataclass(frozen=True)
