@@ -50,7 +50,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(SIZES), help="8192: 4 x 128, 16384: 8 x 64")
+    parser.add_argument("--tokens", type=int, nargs="+", help="8192: 4 x 128, 16384: 8 x 64")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--causal", action=argparse.BooleanOptionalAction, help="one mask; both if left out")
@@ -77,7 +77,7 @@ def grid_cells(args: argparse.Namespace) -> list[Cell]:
     """Those of fewer processes first: groups live as long as their number stays."""
     masks = [True, False] if args.causal is None else [args.causal]
     passes = [False, True] if args.passes is None else [args.passes == "both"]
-    axes = (args.processes, args.tokens, args.dtype, masks, passes)
+    axes = (args.processes, args.tokens or list(SIZES), args.dtype, masks, passes)
     return [
         (
             "grid",
@@ -98,7 +98,8 @@ def targets_cells(args: argparse.Namespace) -> list[Cell]:
     def wanted(contender: Contender) -> bool:
         return contender[0] not in OTHERS or not args.only or contender[0].name in args.only
 
-    return [("targets", x, 0, [c for c in targets.contenders(x) if wanted(c)]) for x in targets.problems()]
+    problems = [x for x in targets.problems() if not args.tokens or x.tokens in args.tokens]
+    return [("targets", x, 0, [c for c in targets.contenders(x) if wanted(c)]) for x in problems]
 
 
 def quick_cells() -> list[Cell]:
