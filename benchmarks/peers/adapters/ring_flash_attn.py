@@ -11,7 +11,8 @@ class RingFlashAttn(Peer):
     note = "zigzag if causal"
     bridge = (
         "torch's CPU flash op behind a stand-in for the module flash_attn; its adapters for transformers, which "
-        "transformers 5 fails to import, left out"
+        "transformers 5 fails to import, left out. flash_attn takes no float32: there its backward counts on "
+        ".to(float32) making copies"
     )
 
     def ranges(self, problem, rank, workers):
