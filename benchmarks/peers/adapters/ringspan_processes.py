@@ -1,0 +1,22 @@
+"""ringspan over processes: zigzag for causal attention, contiguous for full."""
+
+from __future__ import annotations
+
+from benchmarks.peers.contract import Peer, contiguous, zigzag
+
+
+class RingspanProcesses(Peer):
+    name = "ringspan"
+    packages = ("ringspan",)
+    note = "zigzag if causal"
+
+    def ranges(self, problem, rank, workers):
+        return (zigzag if problem.causal else contiguous)(problem.tokens, rank, workers)
+
+    def calls(self, problem, shards, rank, workers):
+        from benchmarks.peers import torch_side
+
+        import ringspan
+
+        options = dict(causal=problem.causal, layout="zigzag" if problem.causal else "contiguous")
+        return torch_side.calls(problem, shards, lambda q, k, v: ringspan.ring_attention(q, k, v, **options))
