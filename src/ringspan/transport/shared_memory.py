@@ -7,6 +7,8 @@ process is killed.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
 import os
@@ -38,39 +40,53 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
     beside: the transport through which they make themselves known, and which is told of failures. The outcome is
     the same on every rank.
     """
-    me = _Introduction(beside.rank)
-    everyone = _exchange(beside, me.words)
-    links, reason = me.meet(everyone)
-    reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
-    if any(reasons):
-        for link in links:
-            link.close()
-        me.inbox.close()
-        return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-    return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
+    with contextlib.ExitStack() as undo:
+        me = _Introduction(beside.rank, undo)
+        everyone = _exchange(beside, me.words)
+        if unable := [f"rank {rank}: {words['no']}" for rank, words in enumerate(everyone) if words["no"]]:
+            return unable[0]
+        links, reason = me.meet(everyone, undo)
+        reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
+        if any(reasons):
+            return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        undo.pop_all()
+        return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
 
 
 def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
-    message = json.dumps(words).encode()
+    message = json.dumps(words, ensure_ascii=False).encode(errors="replace")
     assert len(message) <= _INTRODUCTION_BYTES
     answers = beside.agree(beside.begin_call(), message.ljust(_INTRODUCTION_BYTES))
     return [json.loads(answer) for answer in answers]
 
 
-class _Introduction:
-    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there."""
+def _short(error: BaseException) -> str:
+    return str(error)[: _INTRODUCTION_BYTES // 5]  # whatever the alphabet
 
-    def __init__(self, rank: int) -> None:
+
+class _Introduction:
+    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there.
+
+    What goes wrong here is said too: whoever raised now would leave the others waiting.
+    """
+
+    inbox: Inbox
+
+    def __init__(self, rank: int, undo: contextlib.ExitStack) -> None:
         self._rank = rank
         self.words: dict[str, Any] = {"no": segments.why_unsupported()}
-        if self.words["no"] is not None:
-            return
+        if self.words["no"] is None:
+            try:
+                self._introduce(undo)
+            except SharedMemoryFullError as error:
+                self.words = {"no": _short(error.__cause__ or error)}
+            except OSError as error:
+                self.words = {"no": _short(error)}
+
+    def _introduce(self, undo: contextlib.ExitStack) -> None:
         self.inbox = Inbox()
-        try:
-            self._probe = segments.create(torch.int64.itemsize)
-        except SharedMemoryFullError as error:
-            self.words["no"] = str(error).splitlines()[1].strip()
-            return
+        undo.callback(self.inbox.close)
+        self._probe = segments.create(torch.int64.itemsize)
         nonce = secrets.randbits(60)
         self._probe.view(torch.int64)[0] = nonce
         segment = segments.segment_of(self._probe)
@@ -79,27 +95,26 @@ class _Introduction:
             "host": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             "pid": os.getpid(),
             "pipe": self.inbox.write_end,
-            "probe": segment.fd,
-            "bytes": len(segment),
+            "probe": [segment.fd, len(segment), segment.serial],
             "nonce": nonce,
         }
 
-    def meet(self, everyone: Sequence[dict[str, Any]]) -> tuple[list[Link], str | None]:
+    def meet(self, everyone: Sequence[dict[str, Any]], undo: contextlib.ExitStack) -> tuple[list[Link], str | None]:
         """The ways to all others, or why there is none."""
         links: list[Link] = []
         for rank, words in enumerate(everyone):
-            if words["no"] is not None:
-                return links, words["no"]
             if words["host"] != self.words["host"]:
                 return links, f"rank {rank} is on another host"
             try:
-                found = segments.open_peer(words["pid"], words["probe"], words["bytes"])
+                found = segments.open_peer(words["pid"], *words["probe"])
                 if found.view(torch.int64)[0].item() != words["nonce"]:
                     return links, f"process {words['pid']} is not rank {rank} here"
                 if rank != self._rank:
                     links.append(Link(rank, words["pid"], words["pipe"]))
+                    undo.callback(links[-1].close)
             except OSError as error:
-                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {error.strerror}"
+                reason = error.strerror or str(error)
+                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {reason}"[:200]
         return links, None
 
 
@@ -164,6 +179,14 @@ class SharedMemoryTransport(Transport):
         try:
             return self._mappings.memory(pid, lies, call)
         except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                raise SharedMemoryFullError(
+                    explain(
+                        f"there is no room to map the memory of rank {owner}.",
+                        got=f"{lies.size} bytes: {error.strerror}",
+                        fix='raise the limits of this process, or pass transport="torch_dist"',
+                    )
+                ) from error
             raise RankFailedError(
                 explain(
                     f"rank {self.rank} cannot map the memory of rank {owner}.",
@@ -215,10 +238,11 @@ class SharedMemoryTransport(Transport):
         gone: Link | None = None
         while True:
             self._collect()
-            if ready():
-                return
+            # First of all: what a rank that gave up lent may be overwritten, and may have been read since.
             if self._failed_first is not None:
                 raise self._gave_up(missing(), what_for, None)
+            if ready():
+                return
             if gone is not None:
                 raise self._gave_up([gone.rank], what_for, f"its process {gone.pid} is gone")
             left = deadline - time.monotonic()
