@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import secrets
 import time
@@ -132,14 +133,17 @@ class SharedMemoryTransport(Transport):
         self._inbox = inbox
         self._messages: dict[tuple[int, int], bytes] = {}  # by call and sender
         self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
+        self._call = 0  # the last that began here
         self._failed_first: tuple[int, str] | None = None
+        self._spoiled: float = math.inf  # the call in which it failed
         self._told = False
         weakref.finalize(self, inbox.close)
         for link in links:
             weakref.finalize(self, link.close)
 
     def begin_call(self) -> int:
-        return self._beside.begin_call()
+        self._call = self._beside.begin_call()
+        return self._call
 
     def agree(self, call: int, message: bytes) -> list[bytes]:
         self._messages[call, self.rank] = message
@@ -156,13 +160,14 @@ class SharedMemoryTransport(Transport):
         return _SharedChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
-        self._beside.fail(error)
-        if self._told or self._failed_first is not None:  # everybody knows
-            return
-        self._told = True
-        reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
-        for link in self.links.values():
-            link.send(Record(_FAILED, self.rank, 0, reason))  # one whose pipe is full wakes by its own bound
+        if not self._told and self._failed_first is None:  # else everybody knows
+            self._told = True
+            reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
+            for link in self.links.values():
+                link.send(
+                    Record(_FAILED, self.rank, self._call, reason)
+                )  # one whose pipe is full wakes by its own bound
+        self._beside.fail(error)  # last: a store whose host is gone may take its time
 
     def tell(self, rank: int, call: int, note: bytes) -> None:
         self._send(rank, _PARCEL, call, note)
@@ -238,11 +243,13 @@ class SharedMemoryTransport(Transport):
         gone: Link | None = None
         while True:
             self._collect()
-            # First of all: what a rank that gave up lent may be overwritten, and may have been read since.
-            if self._failed_first is not None:
+            # What a rank lent to a call that it gave up may be overwritten, and may have been read since.
+            if self._spoiled <= self._call:
                 raise self._gave_up(missing(), what_for, None)
             if ready():
                 return
+            if self._failed_first is not None:
+                raise self._gave_up(missing(), what_for, None)
             if gone is not None:
                 raise self._gave_up([gone.rank], what_for, f"its process {gone.pid} is gone")
             left = deadline - time.monotonic()
@@ -274,6 +281,7 @@ class SharedMemoryTransport(Transport):
                 self._loans[int(record.body)].returned(record.sender)
             elif self._failed_first is None:
                 self._failed_first = record.sender, record.body.decode(errors="replace")
+                self._spoiled = record.call
 
 
 @dataclass(eq=False)
