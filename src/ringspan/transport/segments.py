@@ -80,7 +80,7 @@ def create(num_bytes: int) -> Tensor:
 
 
 def _reserved(size: int) -> Segment:
-    if size > (left := memory_left()):
+    if size > _SMALL_BYTES and size > (left := memory_left()):
         # The kernel would not refuse, but kill: any process of the host, since reserved pages count for none.
         raise OSError(errno.ENOMEM, f"{left} bytes are left on this host or in this container")
     fd = os.memfd_create("ringspan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
