@@ -247,7 +247,7 @@ def come_late(rank, seconds):
 
 
 def test_a_rank_that_comes_late_is_waited_for():
-    endings = run_processes(come_late, 3, 3.0)
+    endings = run_processes(come_late, 3, 5.0)
     late = results(endings)
     punctual = run_local(lambda group: ringspan.ring_attention(*shards(), causal=True), 3)
     for mine, theirs in zip(late, punctual, strict=True):

@@ -116,9 +116,15 @@ def begin(
         terms = check()
     except Exception as error:  # whatever it is, the others must hear of it now and not wait
         terms = _refusal(error)
-    call = transport.begin_call()
     members = ring.members(transport)
-    agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
+    try:
+        call = transport.begin_call()
+        agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
+    except RingspanError:
+        raise  # on every rank alike, or told already
+    except BaseException as error:  # an interruption: the others may be in this call by now
+        transport.fail(error)
+        raise
     assert isinstance(terms, Terms)  # a refusal was raised by the agreement
     return transport.channel(call, members, terms.transport, terms.device_type), agreed
 

@@ -19,6 +19,7 @@ _HEAD = struct.Struct("<IIIq")  # bytes of the body, kind, sender, call
 LARGEST_BODY = select.PIPE_BUF - _HEAD.size
 _PIPE_BYTES = 1 << 20
 _CHUNK = 1 << 16
+_LONGEST_SLEEP_S = 3600.0  # poll cannot count the milliseconds of a month
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Inbox:
             poll.register(fd, select.POLLIN)
         if until_room_in is not None:
             poll.register(until_room_in.pipe, select.POLLOUT)
-        return next((by_fd[fd] for fd, _ in poll.poll(seconds * 1000) if fd in by_fd), None)
+        return next((by_fd[fd] for fd, _ in poll.poll(min(seconds, _LONGEST_SLEEP_S) * 1000) if fd in by_fd), None)
 
     def close(self) -> None:
         os.close(self.read_end)

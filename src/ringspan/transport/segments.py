@@ -1,20 +1,22 @@
 """Memory that several processes of one host can map: memfds, which have no name and so cannot be left behind.
 
 A segment lives as long as somebody maps it. Its pages are reserved when it is made, so that a full memory is an
-error there and not a bus error later; its size is sealed, so that a peer may trust what it maps.
+error there and not a bus error later; its size is sealed, so that a peer may trust what it maps; its inode tells it
+from every other, so that a number that came to mean another file since is noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
-import itertools
 import math
 import mmap
 import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,11 +26,12 @@ from ringspan.transport.contract import Spec
 
 _CALLS_KEPT = 8  # a segment or mapping that so many calls of a group did not use is let go
 _ALIGN = 64
-_serial = itertools.count(1)
+_RESERVED_AT_ONCE = 4 << 20  # about a millisecond
+_SMALL_BYTES = 1 << 20
 
 
 class Segment(mmap.mmap):
-    """The memory itself. fd: opens it; serial: tells it from all others that this process ever made."""
+    """The memory itself. fd: opens it; serial: its inode, which tells it from all others of this host."""
 
     fd: int
     serial: int
@@ -42,8 +45,8 @@ _segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictiona
 
 
 def segment_of(x: Tensor) -> Segment | None:
-    """The segment of this process in which the tensor lies."""
-    return _segments.get(x.untyped_storage().data_ptr())
+    """The segment of this process in which the tensor lies, as it looks to whoever reads it there."""
+    return None if x.is_neg() else _segments.get(x.untyped_storage().data_ptr())
 
 
 def why_unsupported() -> str | None:
@@ -60,13 +63,9 @@ def create(num_bytes: int) -> Tensor:
     Raises SharedMemoryFullError where the memory is not to be had.
     """
     size = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-    fd = os.memfd_create("ringspan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.posix_fallocate(fd, 0, size)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        segment = Segment(fd, size)
+        segment = _reserved(size)
     except OSError as error:
-        os.close(fd)
         raise SharedMemoryFullError(
             explain(
                 "there is no room for a segment of shared memory.",
@@ -74,20 +73,69 @@ def create(num_bytes: int) -> Tensor:
                 fix='free memory, raise the limit of this process or container, or pass transport="torch_dist"',
             )
         ) from error
-    segment.fd, segment.serial = fd, next(_serial)
-    memory = torch.frombuffer(segment, dtype=torch.uint8)
+    with torch.inference_mode(False):  # it is used again by calls in other modes
+        memory = torch.frombuffer(segment, dtype=torch.uint8)
     _segments[memory.data_ptr()] = segment
     return memory
 
 
-def open_peer(pid: int, fd: int, size: int) -> Tensor:
-    """The memory [uint8] of a segment that a process of this user holds open under this number; else OSError."""
-    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+def _reserved(size: int) -> Segment:
+    if size > _SMALL_BYTES and size > (left := memory_left()):
+        # The kernel would not refuse, but kill: any process of the host, since reserved pages count for none.
+        raise OSError(errno.ENOMEM, f"{left} bytes are left on this host or in this container")
+    fd = os.memfd_create("ringspan", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        found = os.fstat(opened).st_size
-        if found != size:
-            raise OSError(f"the segment has {found} bytes, {size} were announced")
-        return torch.frombuffer(mmap.mmap(opened, size), dtype=torch.uint8)
+        # In pieces: Linux before 6.13 begins again from nothing when a signal comes in between.
+        for at in range(0, size, _RESERVED_AT_ONCE):
+            os.posix_fallocate(fd, at, min(_RESERVED_AT_ONCE, size - at))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        segment = Segment(fd, size)
+    except BaseException:
+        os.close(fd)
+        raise
+    segment.fd, segment.serial = fd, os.fstat(fd).st_ino
+    return segment
+
+
+def memory_left(root: Path = Path("/")) -> float:
+    """Bytes that this process can still get: of the host, and of its containers (control groups, version 2)."""
+    bounds = [math.inf]
+    with contextlib.suppress(OSError):
+        fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        bounds.append(sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree")))
+    with contextlib.suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        place = root / "sys/fs/cgroup"
+        for name in next((line[3:] for line in lines if line.startswith("0::")), "").split("/"):
+            place /= name
+            bounds.append(_left_in(place))
+    return min(bounds)
+
+
+def _left_in(group: Path) -> float:
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        if limit == "max":
+            return math.inf
+        used = int((group / "memory.current").read_text())
+        held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # no limit here
+        return math.inf
+    return int(limit) - used + int(held["inactive_file"]) + int(held["active_file"])
+
+
+def open_peer(pid: int, fd: int, size: int, serial: int) -> Tensor:
+    """The memory [uint8] of a segment that a process of this user holds open under this number; else OSError."""
+    opened = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        found = os.fstat(opened)
+        if (found.st_size, found.st_ino) != (size, serial):
+            raise OSError(errno.ESTALE, "it is no longer, or not from here, the segment that was announced")
+        with torch.inference_mode(False):
+            # Unlike mmap.mmap it holds no file open: a rank maps several segments of each of its peers.
+            return torch.from_file(f"/proc/self/fd/{opened}", shared=True, size=size, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise OSError(errno.ENOMEM, str(error).splitlines()[0]) from error
     finally:
         os.close(opened)
 
@@ -104,7 +152,7 @@ def empty_shared(shape: Sequence[int], *, dtype: torch.dtype = torch.float32) ->
     """
     if (reason := why_unsupported()) is not None:
         raise UnsupportedError(explain("there is no shared memory here.", got=reason, fix="use torch.empty"))
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else (None,)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ArgumentError(explain("shape must be a sequence of integers of at least 0.", got=repr(shape)))
     num_bytes = math.prod(sizes) * dtype.itemsize
@@ -132,7 +180,7 @@ class Whereabouts:
 def view(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The tensor of that shape and these strides that begins at a byte of a segment's memory."""
     if 0 in shape:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return memory[:0].view(dtype).view(tuple(shape))
     num_elements = 1 + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
     end = offset + num_elements * dtype.itemsize
     return memory[offset:end].view(dtype).as_strided(tuple(shape), tuple(stride))
@@ -159,8 +207,12 @@ class Pool:
         self._free: list[tuple[Tensor, int]] = []  # with the call that used it last
 
     def take(self, num_bytes: int) -> Tensor:
-        """Memory of at least num_bytes that nobody reads; what it holds is undefined."""
-        fits = [place for place, (memory, _) in enumerate(self._free) if num_bytes <= memory.numel()]
+        """Memory of at least num_bytes that nobody reads; what it holds is undefined.
+
+        Never much more, or small calls would keep the memory of a large one for ever.
+        """
+        most = max(4 * num_bytes, _SMALL_BYTES)
+        fits = [place for place, (memory, _) in enumerate(self._free) if num_bytes <= memory.numel() <= most]
         if not fits:
             return create(num_bytes)
         return self._free.pop(min(fits, key=lambda place: self._free[place][0].numel()))[0]
@@ -180,7 +232,7 @@ class Mappings:
 
     def memory(self, pid: int, lies: Whereabouts, call: int) -> Tensor:
         held = self._held.get((pid, lies.serial))
-        memory = held[0] if held else open_peer(pid, lies.fd, lies.size)
+        memory = held[0] if held else open_peer(pid, lies.fd, lies.size, lies.serial)
         self._held[pid, lies.serial] = memory, call
         return memory
 

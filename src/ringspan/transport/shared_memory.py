@@ -7,8 +7,11 @@ process is killed.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import itertools
 import json
+import math
 import os
 import secrets
 import time
@@ -38,39 +41,53 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
     beside: the transport through which they make themselves known, and which is told of failures. The outcome is
     the same on every rank.
     """
-    me = _Introduction(beside.rank)
-    everyone = _exchange(beside, me.words)
-    links, reason = me.meet(everyone)
-    reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
-    if any(reasons):
-        for link in links:
-            link.close()
-        me.inbox.close()
-        return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-    return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
+    with contextlib.ExitStack() as undo:
+        me = _Introduction(beside.rank, undo)
+        everyone = _exchange(beside, me.words)
+        if unable := [f"rank {rank}: {words['no']}" for rank, words in enumerate(everyone) if words["no"]]:
+            return unable[0]
+        links, reason = me.meet(everyone, undo)
+        reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
+        if any(reasons):
+            return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        undo.pop_all()
+        return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
 
 
 def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
-    message = json.dumps(words).encode()
+    message = json.dumps(words, ensure_ascii=False).encode(errors="replace")
     assert len(message) <= _INTRODUCTION_BYTES
     answers = beside.agree(beside.begin_call(), message.ljust(_INTRODUCTION_BYTES))
     return [json.loads(answer) for answer in answers]
 
 
-class _Introduction:
-    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there."""
+def _short(error: BaseException) -> str:
+    return str(error)[: _INTRODUCTION_BYTES // 5]  # whatever the alphabet
 
-    def __init__(self, rank: int) -> None:
+
+class _Introduction:
+    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there.
+
+    What goes wrong here is said too: whoever raised now would leave the others waiting.
+    """
+
+    inbox: Inbox
+
+    def __init__(self, rank: int, undo: contextlib.ExitStack) -> None:
         self._rank = rank
         self.words: dict[str, Any] = {"no": segments.why_unsupported()}
-        if self.words["no"] is not None:
-            return
+        if self.words["no"] is None:
+            try:
+                self._introduce(undo)
+            except SharedMemoryFullError as error:
+                self.words = {"no": _short(error.__cause__ or error)}
+            except OSError as error:
+                self.words = {"no": _short(error)}
+
+    def _introduce(self, undo: contextlib.ExitStack) -> None:
         self.inbox = Inbox()
-        try:
-            self._probe = segments.create(torch.int64.itemsize)
-        except SharedMemoryFullError as error:
-            self.words["no"] = str(error).splitlines()[1].strip()
-            return
+        undo.callback(self.inbox.close)
+        self._probe = segments.create(torch.int64.itemsize)
         nonce = secrets.randbits(60)
         self._probe.view(torch.int64)[0] = nonce
         segment = segments.segment_of(self._probe)
@@ -79,27 +96,26 @@ class _Introduction:
             "host": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             "pid": os.getpid(),
             "pipe": self.inbox.write_end,
-            "probe": segment.fd,
-            "bytes": len(segment),
+            "probe": [segment.fd, len(segment), segment.serial],
             "nonce": nonce,
         }
 
-    def meet(self, everyone: Sequence[dict[str, Any]]) -> tuple[list[Link], str | None]:
+    def meet(self, everyone: Sequence[dict[str, Any]], undo: contextlib.ExitStack) -> tuple[list[Link], str | None]:
         """The ways to all others, or why there is none."""
         links: list[Link] = []
         for rank, words in enumerate(everyone):
-            if words["no"] is not None:
-                return links, words["no"]
             if words["host"] != self.words["host"]:
                 return links, f"rank {rank} is on another host"
             try:
-                found = segments.open_peer(words["pid"], words["probe"], words["bytes"])
+                found = segments.open_peer(words["pid"], *words["probe"])
                 if found.view(torch.int64)[0].item() != words["nonce"]:
                     return links, f"process {words['pid']} is not rank {rank} here"
                 if rank != self._rank:
                     links.append(Link(rank, words["pid"], words["pipe"]))
+                    undo.callback(links[-1].close)
             except OSError as error:
-                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {error.strerror}"
+                reason = error.strerror or str(error)
+                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {reason}"[:200]
         return links, None
 
 
@@ -117,14 +133,17 @@ class SharedMemoryTransport(Transport):
         self._inbox = inbox
         self._messages: dict[tuple[int, int], bytes] = {}  # by call and sender
         self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
+        self._call = 0  # the last that began here
         self._failed_first: tuple[int, str] | None = None
+        self._spoiled: float = math.inf  # the call in which it failed
         self._told = False
         weakref.finalize(self, inbox.close)
         for link in links:
             weakref.finalize(self, link.close)
 
     def begin_call(self) -> int:
-        return self._beside.begin_call()
+        self._call = self._beside.begin_call()
+        return self._call
 
     def agree(self, call: int, message: bytes) -> list[bytes]:
         self._messages[call, self.rank] = message
@@ -141,13 +160,14 @@ class SharedMemoryTransport(Transport):
         return _SharedChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
-        self._beside.fail(error)
-        if self._told or self._failed_first is not None:  # everybody knows
-            return
-        self._told = True
-        reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
-        for link in self.links.values():
-            link.send(Record(_FAILED, self.rank, 0, reason))  # one whose pipe is full wakes by its own bound
+        if not self._told and self._failed_first is None:  # else everybody knows
+            self._told = True
+            reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
+            for link in self.links.values():
+                link.send(
+                    Record(_FAILED, self.rank, self._call, reason)
+                )  # one whose pipe is full wakes by its own bound
+        self._beside.fail(error)  # last: a store whose host is gone may take its time
 
     def tell(self, rank: int, call: int, note: bytes) -> None:
         self._send(rank, _PARCEL, call, note)
@@ -164,6 +184,14 @@ class SharedMemoryTransport(Transport):
         try:
             return self._mappings.memory(pid, lies, call)
         except OSError as error:
+            if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+                raise SharedMemoryFullError(
+                    explain(
+                        f"there is no room to map the memory of rank {owner}.",
+                        got=f"{lies.size} bytes: {error.strerror}",
+                        fix='raise the limits of this process, or pass transport="torch_dist"',
+                    )
+                ) from error
             raise RankFailedError(
                 explain(
                     f"rank {self.rank} cannot map the memory of rank {owner}.",
@@ -215,6 +243,9 @@ class SharedMemoryTransport(Transport):
         gone: Link | None = None
         while True:
             self._collect()
+            # What a rank lent to a call that it gave up may be overwritten, and may have been read since.
+            if self._spoiled <= self._call:
+                raise self._gave_up(missing(), what_for, None)
             if ready():
                 return
             if self._failed_first is not None:
@@ -250,6 +281,7 @@ class SharedMemoryTransport(Transport):
                 self._loans[int(record.body)].returned(record.sender)
             elif self._failed_first is None:
                 self._failed_first = record.sender, record.body.decode(errors="replace")
+                self._spoiled = record.call
 
 
 @dataclass(eq=False)

@@ -1,0 +1,438 @@
+"""What can go wrong around shared memory: systems without it, limits, interruptions, failures while others read."""
+
+import contextlib
+import errno
+import functools
+import gc
+import os
+import pathlib
+import resource
+import signal
+import threading
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import results, run_processes
+
+import ringspan
+from ringspan.transport import inbox, segments
+from ringspan.transport.process_group import transport_of
+
+MIB = 1 << 20
+
+
+def shards(rank, tokens=64, make=torch.empty):
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v = (make((1, 2, tokens, 16), dtype=torch.float32) for _ in range(3))
+    for x in (q, k, v):
+        x.copy_(torch.randn(x.shape, generator=generator))
+    return q, k, v
+
+
+def plain(num_ranks, **options):
+    full = [torch.cat([shards(rank)[i] for rank in range(num_ranks)], 2) for i in range(3)]
+    return torch.nn.functional.scaled_dot_product_attention(*full, **options).chunk(num_ranks, 2)
+
+
+def store():
+    return dist.group.WORLD.get_group_store()
+
+
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def mappings():
+    """Segments that this process has mapped, its own and those of others."""
+    with open("/proc/self/maps") as lines:
+        return sum("memfd:ringspan" in line for line in lines)
+
+
+def ours():
+    """What shared memory holds open here: segments, mappings, and the ways to other ranks."""
+    names = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            names.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [name for name in names if "memfd:ringspan" in name or "pidfd" in name] + ["mapping"] * mappings()
+
+
+# What one rank of a host may lack, each by the call that then fails.
+LACKS = {
+    "no memfd": lambda patch: patch.delattr(os, "memfd_create"),
+    "memfd forbidden": lambda patch: patch.setattr(os, "memfd_create", refused(errno.ENOSYS)),
+    "no pidfd": lambda patch: patch.setattr(os, "pidfd_open", refused(errno.EPERM)),
+    "no files left": lambda patch: patch.setattr(os, "pipe2", refused(errno.EMFILE)),
+    "no boot id": lambda patch: boot_id(patch, refused(errno.ENOENT)),
+    "no room": lambda patch: patch.setattr(os, "posix_fallocate", refused(errno.ENOSPC)),
+    "another host": lambda patch: boot_id(patch, lambda: "elsewhere"),
+    "another pid namespace": lambda patch: patch.setattr(os, "getpid", os.getppid),
+}
+
+
+def refused(number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def boot_id(patch, read):
+    read_text = pathlib.Path.read_text
+    patch.setattr(pathlib.Path, "read_text", lambda path: read() if path.name == "boot_id" else read_text(path))
+
+
+def without(rank):
+    found = {}
+    for name, lack in LACKS.items():
+        group = dist.new_group([0, 1, 2])
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                lack(patch)
+            out = ringspan.ring_attention(*shards(rank), group=group)
+        transport = transport_of(group)
+        found[name] = out, transport.shared_memory is None, transport.why_not_shared
+    gc.collect()
+    return found, ours()
+
+
+def test_what_one_rank_lacks_sends_all_to_torch_dist_and_leaves_nothing_open():
+    expected = plain(3)
+    for rank, (found, left) in enumerate(results(run_processes(without, 3, group_timeout_s=20))):
+        for name, (out, declined, reason) in found.items():
+            torch.testing.assert_close(out, expected[rank])
+            assert declined and "rank 1" in reason, (name, reason)
+        assert not left, left
+
+
+def modes(rank):
+    """Memory that a call in inference mode made is used again by one that is differentiated."""
+    q, k, v = shards(rank)
+    with torch.inference_mode():
+        outs = [ringspan.ring_attention(q, k, v)]
+        whole = ringspan.unshard(q, 2)
+    assert torch.equal(ringspan.unshard(q, 2), whole)
+    for x in (q, k, v):
+        x.requires_grad_()
+    outs.append(ringspan.ring_attention(q, k, v))
+    outs[-1].sum().backward()
+    with torch.device("meta"):
+        outs.append(ringspan.ring_attention(q, k, v))
+    return [out.detach() for out in outs]
+
+
+def test_calls_in_inference_mode_and_others_share_memory():
+    expected = plain(2)
+    for rank, outs in enumerate(results(run_processes(modes, 2))):
+        for out in outs:
+            torch.testing.assert_close(out, expected[rank])
+
+
+def fail_and_overwrite(rank):
+    """Rank 0 fails when rank 1 has begun to read its keys, and overwrites them before rank 1 has finished."""
+    from ringspan.kernels.table import KERNELS
+
+    q, k, v = shards(rank, make=ringspan.empty_shared)
+    ringspan.ring_attention(q, k, v, causal=True)
+    tiles = []
+
+    def fail(*_):
+        store().wait(["reading"])
+        raise MemoryError("no room for this tile")
+
+    def held(*args, absorb):
+        tiles.append(args)
+        if len(tiles) == 2:
+            store().set("reading", "")
+            store().wait(["overwritten"])
+        absorb(*args)
+
+    for kernel in KERNELS:
+        kernel.absorb = fail if rank == 0 else functools.partial(held, absorb=kernel.absorb)
+    try:
+        return ringspan.ring_attention(q, k, v, causal=True)
+    except MemoryError:
+        k.fill_(float("nan"))
+        v.fill_(float("nan"))
+        store().set("overwritten", "")
+    except ringspan.RankFailedError as error:
+        return str(error)
+
+
+def test_what_was_read_of_a_rank_that_failed_meanwhile_is_no_result():
+    _, told = results(run_processes(fail_and_overwrite, 2, limit_s=60))
+    assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
+
+
+def interrupt(rank):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ringspan.ring_attention(*shards(rank))
+    store().set(f"done/{rank}", "")
+    store().wait([f"done/{other}" for other in range(3)])  # or the first call would be the one that is given up
+    if rank == 1:  # so that rank 0 has to wait for it
+        store().wait(["interrupted"])
+    if rank == 0:
+        sleep = inbox.Inbox.sleep
+        inbox.Inbox.sleep = lambda *args: (os.kill(os.getpid(), signal.SIGINT), sleep(*args))[1]
+        with pytest.raises(KeyboardInterrupt):
+            ringspan.ring_attention(*shards(rank))
+        inbox.Inbox.sleep = sleep
+        store().set("interrupted", "")
+    try:
+        ringspan.ring_attention(*shards(rank))
+    except ringspan.RankFailedError as error:
+        return str(error)
+
+
+def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others():
+    first, *others = results(run_processes(interrupt, 3, group_timeout_s=600, limit_s=60))
+    assert "this process group is done for" in first and "KeyboardInterrupt" in first
+    for told in others:
+        assert "rank 0 failed first: KeyboardInterrupt" in told
+
+
+def wide_shards(rank):
+    """Shards that are views of segments of 16 MiB."""
+    wide = [ringspan.empty_shared((1, 2, 1 << 17, 16)) for _ in range(3)]
+    for x, y in zip(wide, shards(rank), strict=True):
+        x[:, :, :64] = y
+    return [x[:, :, :64] for x in wide]
+
+
+def take_all_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    with contextlib.suppress(OSError):
+        while True:
+            os.open("/dev/null", os.O_RDONLY)
+
+
+def take_all_addresses():
+    with open("/proc/self/statm") as words:
+        taken = int(words.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 8 * MIB, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("take_all", [take_all_files, take_all_addresses])
+def test_a_rank_that_has_no_room_to_map_another_says_so_on_every_rank(take_all):
+    for rank, error in enumerate(results(run_processes(limited, 3, take_all))):
+        if rank == 1:
+            assert isinstance(error, ringspan.SharedMemoryFullError), error
+            assert "no room to map the memory of rank" in str(error)
+        else:
+            assert isinstance(error, ringspan.RankFailedError), error
+            assert "rank 1 failed first: SharedMemoryFullError" in str(error)
+
+
+def limited(rank, take_all):
+    ringspan.ring_attention(*shards(rank))
+    tensors = wide_shards(rank)
+    if rank == 1:
+        take_all()
+    try:
+        ringspan.ring_attention(*tensors)
+    except ringspan.RingspanError as error:
+        for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS):
+            most = resource.getrlimit(limit)[1]
+            resource.setrlimit(limit, (most, most))
+        return error
+
+
+def die_while_all_wait(rank, victim):
+    ringspan.ring_attention(*shards(rank))
+    if rank == victim:
+        store().wait([f"waits/{other}" for other in range(4) if other != victim])
+        store().set("died", str(time.monotonic()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    sleep = inbox.Inbox.sleep
+
+    def tell(*args):
+        store().set(f"waits/{rank}", "")
+        return sleep(*args)
+
+    inbox.Inbox.sleep = tell
+    try:
+        ringspan.ring_attention(*shards(rank))
+    except ringspan.RankFailedError as error:
+        return time.monotonic() - float(store().get("died")), str(error)
+
+
+def test_a_rank_that_is_killed_while_others_wait_is_noticed_within_a_second_and_named():
+    endings = run_processes(die_while_all_wait, 4, 0, group_timeout_s=600)
+    seconds, told = zip(*(endings[rank].value for rank in (1, 2, 3)), strict=True)
+    assert min(seconds) < 1.0, seconds
+    assert all("rank 0" in text and "is gone" in text for text in told), told
+
+
+def stop_for_two_seconds(rank):
+    ringspan.ring_attention(*shards(rank))
+    store().set(f"pid/{rank}", str(os.getpid()))
+    if rank == 0:
+        pid = int(store().get("pid/1"))
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (pid, signal.SIGCONT)).start()
+    wall, used = time.monotonic(), time.process_time()
+    out = ringspan.ring_attention(*shards(rank))
+    return out, time.monotonic() - wall, time.process_time() - used
+
+
+def test_a_rank_that_is_stopped_is_waited_for_without_using_the_processor():
+    """In a group with a timeout of more milliseconds than poll can count."""
+    endings = run_processes(stop_for_two_seconds, 3, group_timeout_s=40 * 86_400.0)
+    for rank, ((out, wall_s, used_s), expected) in enumerate(zip(results(endings), plain(3), strict=True)):
+        torch.testing.assert_close(out, expected)
+        if rank != 1:
+            assert wall_s > 1.5 and used_s < 0.3
+
+
+def make_groups(rank):
+    left = []
+    for _ in range(3):
+        group = dist.new_group([0, 1, 2])
+        q, k, v = (x.requires_grad_() for x in shards(rank))
+        ringspan.ring_attention(q, k, v, group=group, causal=True).sum().backward()
+        held = ours()
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        left.append((held, ours()))
+    return left
+
+
+def test_a_group_takes_its_memory_and_files_with_it():
+    for left in results(run_processes(make_groups, 3)):
+        for held, after in left:
+            assert held and not after, after
+
+
+def call_beside_a_child(rank):
+    """As a DataLoader does it: a forked process holds everything that the group has open."""
+    q, k, v = shards(rank, make=ringspan.empty_shared)
+    ringspan.ring_attention(q, k, v)
+    stay, end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(end)
+        os.read(stay, 1)
+        os._exit(0)
+    os.close(stay)
+    outs = [ringspan.ring_attention(q, k, v) for _ in range(20)]
+    os.close(end)
+    os.waitpid(child, 0)
+    return [*outs, ringspan.ring_attention(q, k, v)]
+
+
+def test_a_forked_child_does_not_disturb():
+    expected = plain(3)
+    for rank, outs in enumerate(results(run_processes(call_beside_a_child, 3))):
+        for out in outs:
+            torch.testing.assert_close(out, expected[rank])
+
+
+NUM_CALLS = 40
+
+
+def shards_of_call(rank, number):
+    return torch.randn(3, 1, 2, 8, 16, generator=torch.Generator().manual_seed(100 * number + rank)).unbind(0)
+
+
+def run_ahead(rank):
+    """Without agreement a rank that nobody waits for is calls ahead. Each overwrites its shards after each call."""
+    tensors = [ringspan.empty_shared((1, 2, 8, 16)) for _ in range(3)]
+    outs = []
+    for number in range(NUM_CALLS):
+        for x, y in zip(tensors, shards_of_call(rank, number), strict=True):
+            x.copy_(y)
+        if rank == number // 8 % 3:
+            threading.Event().wait(0.005)
+        outs.append(ringspan.ring_attention(*tensors, causal=True, agreement=number == 0))
+    return outs
+
+
+def test_ranks_that_run_ahead_of_each_other_do_not_mix_their_calls():
+    found = results(run_processes(run_ahead, 3))
+    for number in range(NUM_CALLS):
+        full = [torch.cat([shards_of_call(rank, number)[i] for rank in range(3)], 2) for i in range(3)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*full, is_causal=True)
+        torch.testing.assert_close(torch.cat([outs[number] for outs in found], 2), expected)
+
+
+def test_a_segment_is_reserved_in_pieces_that_a_timer_does_not_interrupt(monkeypatch):
+    pieces = []
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda fd, at, size: (pieces.append((at, size)), os.truncate(fd, at + size))
+    )
+    memory = segments.create(9 * MIB)
+    assert memory.numel() == 9 * MIB
+    assert pieces == [(0, 4 * MIB), (4 * MIB, 4 * MIB), (8 * MIB, MIB)]
+
+
+def test_more_than_there_is_is_refused_and_nobody_killed(monkeypatch):
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("the kernel would end processes of this host"))
+    before = open_files()
+    for shape in ((1 << 50,), (1 << 80, 3)):
+        with pytest.raises(ringspan.SharedMemoryFullError, match="bytes are left on this host or in this container"):
+            ringspan.empty_shared(shape)
+    assert open_files() == before
+    with pytest.raises(ringspan.ArgumentError, match="sequence of integers"):
+        ringspan.empty_shared(5)
+
+
+def test_what_is_left_is_the_least_of_the_host_and_its_containers(tmp_path):
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    assert segments.memory_left(tmp_path) == float("inf")
+    write("proc/meminfo", "MemTotal: 999 kB\nMemAvailable: 100 kB\nSwapFree: 20 kB\n")
+    assert segments.memory_left(tmp_path) == 120 << 10
+    write("proc/self/cgroup", "4:memory:/old\n0::/outer/inner\n")
+    write("sys/fs/cgroup/outer/memory.max", "90000\n")
+    write("sys/fs/cgroup/outer/memory.current", "50000\n")
+    write("sys/fs/cgroup/outer/memory.stat", "anon 40000\ninactive_file 6000\nactive_file 700\n")
+    write("sys/fs/cgroup/outer/inner/memory.max", "max\n")
+    assert segments.memory_left(tmp_path) == 46_700
+
+
+def test_a_number_that_means_another_segment_by_now_is_not_mapped():
+    memory = segments.create(100)
+    lies = segments.Whereabouts.of(memory)
+    assert segments.open_peer(os.getpid(), lies.fd, lies.size, lies.serial).numel() == lies.size
+    del memory
+    other = segments.create(100)
+    assert segments.Whereabouts.of(other).fd == lies.fd, "this test needs the number to be used again"
+    with pytest.raises(OSError, match="segment that was announced"):
+        segments.open_peer(os.getpid(), lies.fd, lies.size, lies.serial)
+
+
+def test_what_is_mapped_of_another_rank_holds_no_file_open():
+    memory = segments.create(100)
+    lies, before = segments.Whereabouts.of(memory), open_files()
+    mapped = segments.open_peer(os.getpid(), lies.fd, lies.size, lies.serial)
+    memory[7] = 77
+    assert mapped[7] == 77 and open_files() == before
+
+
+def test_small_calls_do_not_keep_the_memory_of_a_large_one():
+    pool = segments.Pool()
+    large = pool.take(8 * MIB)
+    pool.give_back(large, 1)
+    del large
+    before = mappings()
+    for call in range(2, 12):
+        small = pool.take(1000)
+        assert small.numel() < MIB
+        pool.give_back(small, call)
+        pool.end_call(call)
+    del small
+    assert mappings() == before, "the large one gone, a small one made"
+    again = pool.take(2000)
+    assert again.numel() == 4096
+
+
+def test_a_negated_view_is_not_read_as_it_lies():
+    pairs = ringspan.empty_shared((4, 2))
+    negated = torch.view_as_complex(pairs).conj().imag
+    assert negated.is_neg() and segments.segment_of(negated) is None
+    assert segments.segment_of(pairs) is not None
