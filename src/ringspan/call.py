@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringspan import execute
-from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, unchecked
+from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
 from ringspan.arguments import Options, check_documents, check_like, check_tensors
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
@@ -70,10 +70,11 @@ def forward(
         check_documents(options.cu_seqlens)
         return _terms("ring_attention", (q, k, v), options, ring)
 
-    channel, agreed = begin(transport, check, options.agreement, ring)
-    job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
-    with running(transport):
-        return execute.forward(job, channel, q, k, v)
+    with _on_device_of(q):
+        channel, agreed = begin(transport, check, options.agreement, ring)
+        job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
+        with running(transport):
+            return execute.forward(job, channel, q, k, v)
 
 
 def backward(
@@ -94,23 +95,32 @@ def backward(
         check_like("lse", lse, q[..., 0], any_dtype=True)
         return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
 
-    channel, agreed = begin(transport, check, options.agreement, ring)
-    decided = _decide(channel, agreed, options, q, k)
-    # Bounds belong to the queries of a rank, so with them it is the keys that travel.
-    travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
-    job = decided.job(travels, True, agreed.flipped, ring)
-    with running(transport):
-        dtype = state_dtype(q.dtype)
-        delta = (do.to(dtype) * out).sum(-1)
-        if d_lse is not None:
-            delta -= d_lse
-        return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
+    with _on_device_of(q):
+        channel, agreed = begin(transport, check, options.agreement, ring)
+        decided = _decide(channel, agreed, options, q, k)
+        # Bounds belong to the queries of a rank, so with them it is the keys that travel.
+        travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
+        job = decided.job(travels, True, agreed.flipped, ring)
+        with running(transport):
+            dtype = state_dtype(q.dtype)
+            delta = (do.to(dtype) * out).sum(-1)
+            if d_lse is not None:
+                delta -= d_lse
+            return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager:
+    """CUDA's streams, and NCCL, go by the current device: it must be that of the call's tensors."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def begin(
     transport: Transport, check: Callable[[], Terms], agreement: bool, ring: Ring = WHOLE_GROUP
 ) -> tuple[Channel, Agreed]:
-    """This rank's own check, then the exchange with the others; the channel for what follows."""
+    """This rank's own check, then the exchange with the others; the channel for what follows.
+
+    While a CUDA graph is captured nothing can be exchanged: what was agreed on in a call before holds.
+    """
     terms: Terms | RingspanError
     try:
         terms = check()
@@ -118,9 +128,20 @@ def begin(
         terms = _refusal(error)
     call = transport.begin_call()
     members = ring.members(transport)
-    agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
+    if not agreement:
+        agreed = unchecked(terms, len(members))
+    elif transport.size > 1 and isinstance(terms, Terms) and _is_captured(terms.device_type):
+        agreed = agreed_before(transport, terms)
+    else:
+        agreed = agree(transport, call, terms, ring.groups)
+        if isinstance(terms, Terms) and terms.device_type == "cuda":
+            remember(transport, terms, agreed)
     assert isinstance(terms, Terms)  # a refusal was raised by the agreement
     return transport.channel(call, members, terms.transport, terms.device_type), agreed
+
+
+def _is_captured(device_type: str) -> bool:
+    return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:
