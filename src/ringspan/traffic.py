@@ -45,9 +45,10 @@ class Traffic:
             return self.post_shards(step), self._post_ride_receives(step, home)
         if self._held is not None and self._held.index + 1 < step.index:  # this rank has nothing else in that step
             self._post_ride()
-        with self._channel.together():
+        with self._channel.together():  # shards before rides on both ends, for they know no lanes
+            posted = self.post_shards(step), self._post_ride_receives(step, home)
             self._post_ride()
-            return self.post_shards(step), self._post_ride_receives(step, home)
+            return posted
 
     def post_shards(self, step: Step) -> Pending:
         hop = step.receive

@@ -132,7 +132,7 @@ class Transport(ABC):
 
     @abstractmethod
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        """The channel of a ring of these ranks of the group, the caller among them.
+        """The channel of a ring of these ranks of the group, the caller among them. Every rank of the group opens one.
 
         via: a name in `ringspan.transport.table.TRANSPORTS`, for groups that several can serve.
         """
