@@ -14,7 +14,7 @@ def test_local(behaviour):
 def test_parcels_are_handed_over_without_a_copy():
     import torch
 
-    from ringspan.transport.contract import Parcel
+    from ringspan.transport.contract import Parcel, spec_of
 
     mine = torch.zeros(4)
 
@@ -23,7 +23,7 @@ def test_parcels_are_handed_over_without_a_copy():
         if channel.rank == 0:
             channel.post(0, 0, [(1, Parcel((mine,)))]).wait()
         else:
-            (arrived,) = channel.post(0, 0, (), [(0, None)]).wait()
+            (arrived,) = channel.post(0, 0, (), [(0, spec_of([mine]))]).wait()
             assert arrived.tensors[0] is mine
             channel.release(arrived)
         channel.close()

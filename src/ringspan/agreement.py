@@ -12,8 +12,9 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from ringspan.errors import DisagreementError, PeerRefusedError, RingspanError, explain
+from ringspan.errors import DisagreementError, PeerRefusedError, RingspanError, UnsupportedError, explain
 from ringspan.transport.contract import Transport
 
 MESSAGE_BYTES = 1536
@@ -88,6 +89,41 @@ def unchecked(terms: Terms | RingspanError, size: int) -> Agreed:
         raise terms
     # How tensors lie in memory is not an argument, so it may differ: they are sent as [.., T, D].
     return Agreed((terms.num_queries,) * size, (terms.num_keys,) * size, flipped=0)
+
+
+_REMEMBERED = 64  # different calls of one group
+_memory: WeakKeyDictionary[Transport, dict[bytes, Agreed | None]] = WeakKeyDictionary()
+
+
+def remember(transport: Transport, terms: Terms, agreed: Agreed) -> None:
+    """Keep what was agreed on for `agreed_before`; None where the same terms met others on other ranks before."""
+    known = _memory.setdefault(transport, {})
+    key = _pack(0, terms)
+    known[key] = agreed if known.pop(key, agreed) == agreed else None
+    while len(known) > _REMEMBERED:
+        del known[next(iter(known))]
+
+
+def agreed_before(transport: Transport, terms: Terms) -> Agreed:
+    """What a call with these terms agreed on, where no exchange is possible; raises UnsupportedError."""
+    if not transport.capturable:
+        raise UnsupportedError(
+            explain("a ring of threads cannot be captured into a CUDA graph.", fix="a process for each rank, with NCCL")
+        )
+    known = _memory.get(transport, {})
+    key = _pack(0, terms)
+    found = known.get(key)
+    if found is None:
+        raise UnsupportedError(
+            explain(
+                "a CUDA graph is being captured, and what the ranks agree on is not known.",
+                got="no call with these arguments before"
+                if key not in known
+                else "calls with these arguments, which met different lengths or memory layouts on other ranks",
+                fix="make this call once, forward and backward, on every rank before the capture",
+            )
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ringspan import execute
-from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, unchecked
+from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
 from ringspan.arguments import Options, check_documents, check_like, check_tensors
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
@@ -70,10 +70,11 @@ def forward(
         check_documents(options.cu_seqlens)
         return _terms("ring_attention", (q, k, v), options, ring)
 
-    channel, agreed = begin(transport, check, options.agreement, ring)
-    job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
-    with running(transport):
-        return execute.forward(job, channel, q, k, v)
+    with _on_device_of(q):
+        channel, agreed = begin(transport, check, options.agreement, ring)
+        job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
+        with running(transport):
+            return execute.forward(job, channel, q, k, v)
 
 
 def backward(
@@ -94,23 +95,32 @@ def backward(
         check_like("lse", lse, q[..., 0], any_dtype=True)
         return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
 
-    channel, agreed = begin(transport, check, options.agreement, ring)
-    decided = _decide(channel, agreed, options, q, k)
-    # Bounds belong to the queries of a rank, so with them it is the keys that travel.
-    travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
-    job = decided.job(travels, True, agreed.flipped, ring)
-    with running(transport):
-        dtype = state_dtype(q.dtype)
-        delta = (do.to(dtype) * out).sum(-1)
-        if d_lse is not None:
-            delta -= d_lse
-        return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
+    with _on_device_of(q):
+        channel, agreed = begin(transport, check, options.agreement, ring)
+        decided = _decide(channel, agreed, options, q, k)
+        # Bounds belong to the queries of a rank, so with them it is the keys that travel.
+        travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
+        job = decided.job(travels, True, agreed.flipped, ring)
+        with running(transport):
+            dtype = state_dtype(q.dtype)
+            delta = (do.to(dtype) * out).sum(-1)
+            if d_lse is not None:
+                delta -= d_lse
+            return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
+
+
+def _on_device_of(x: Tensor) -> AbstractContextManager:
+    """CUDA's streams, and NCCL, go by the current device: it must be that of the call's tensors."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def begin(
     transport: Transport, check: Callable[[], Terms], agreement: bool, ring: Ring = WHOLE_GROUP
 ) -> tuple[Channel, Agreed]:
-    """This rank's own check, then the exchange with the others; the channel for what follows."""
+    """This rank's own check, then the exchange with the others; the channel for what follows.
+
+    While a CUDA graph is captured nothing can be exchanged: what was agreed on in a call before holds.
+    """
     terms: Terms | RingspanError
     try:
         terms = check()
@@ -119,7 +129,7 @@ def begin(
     members = ring.members(transport)
     try:
         call = transport.begin_call()
-        agreed = agree(transport, call, terms, ring.groups) if agreement else unchecked(terms, len(members))
+        agreed = _agreed(transport, call, terms, agreement, ring)
     except RingspanError:
         raise  # on every rank alike, or told already
     except BaseException as error:  # an interruption: the others may be in this call by now
@@ -127,6 +137,21 @@ def begin(
         raise
     assert isinstance(terms, Terms)  # a refusal was raised by the agreement
     return transport.channel(call, members, terms.transport, terms.device_type), agreed
+
+
+def _is_captured(device_type: str) -> bool:
+    return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _agreed(transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring) -> Agreed:
+    if not agreement:
+        return unchecked(terms, len(ring.members(transport)))
+    if transport.size > 1 and isinstance(terms, Terms) and _is_captured(terms.device_type):
+        return agreed_before(transport, terms)
+    agreed = agree(transport, call, terms, ring.groups)
+    if isinstance(terms, Terms) and terms.device_type == "cuda":
+        remember(transport, terms, agreed)
+    return agreed
 
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:

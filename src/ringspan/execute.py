@@ -87,7 +87,7 @@ def backward(
     clock.handed_out()
     with channel.computing():
         for step in job.schedule.steps:
-            arriving, riding = traffic.post_shards(step), traffic.post_ride_receives(step, home)
+            arriving, riding = traffic.post_step(step, home)
             clock.posted()
             visiting = traffic.visiting()
             part = traffic.begin_part(home) if step.index and step.tiles else home

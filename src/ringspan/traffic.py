@@ -32,11 +32,24 @@ class Traffic:
         self._specs: dict[int, Spec] = {}  # of shards, by length
         self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
+        self._held: Step | None = None  # its ride is to leave with the next step's transfers
         if channel.in_place:
             channel.post(0, _SHARDS, [(reader, self._own) for reader in schedule.readers])
 
     def visiting(self) -> tuple[Tensor, ...]:
         return tuple(_flip(self._visiting.tensors, self._flipped))
+
+    def post_step(self, step: Step, home: Sequence[Tensor]) -> tuple[Pending, Pending]:
+        """Shards for the next step, and gradients that ride here. Where transfers run in order, the ride of step t
+        leaves when it is received: in one batch with all else that is posted in step t + 1."""
+        if not self._channel.in_order:
+            return self.post_shards(step), self._post_ride_receives(step, home)
+        if self._held is not None and self._held.index + 1 < step.index:  # this rank has nothing else in that step
+            self._post_ride()
+        with self._channel.together():  # shards before rides on both ends, for they know no lanes
+            posted = self.post_shards(step), self._post_ride_receives(step, home)
+            self._post_ride()
+            return posted
 
     def post_shards(self, step: Step) -> Pending:
         hop = step.receive
@@ -61,7 +74,7 @@ class Traffic:
             self._channel.release(self._visiting)
         self._visiting = arrived[0] if arrived else self._own
 
-    def post_ride_receives(self, step: Step, home: Sequence[Tensor]) -> Pending:
+    def _post_ride_receives(self, step: Step, home: Sequence[Tensor]) -> Pending:
         receives = []
         for hop in step.ride_receive:
             shapes = [_long(x.shape, self._lengths[hop.shard], 2) for x in home]
@@ -84,6 +97,13 @@ class Traffic:
     def send_ride(self, step: Step) -> None:
         self._finish_ride()
         if step.ride_send is not None:
+            self._held = step
+            if not self._channel.in_order:
+                self._post_ride()
+
+    def _post_ride(self) -> None:
+        step, self._held = self._held, None
+        if step is not None and step.ride_send is not None:
             self._leaving = self._channel.post(step.index, _RIDES, [(step.ride_send.peer, self._parts[-1])])
 
     def _finish_ride(self) -> None:
@@ -93,6 +113,7 @@ class Traffic:
             self._channel.release(self._parts.pop(0))
 
     def finish(self) -> None:
+        self._post_ride()
         self._finish_ride()
         self._channel.close()
 

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,10 +37,15 @@ def allocate(spec: Spec) -> tuple[Tensor, ...]:
 
 @dataclass(eq=False)
 class Parcel:
-    """Tensors that travel together. owner: the ring's rank that lent them (local transport), for `release`."""
+    """Tensors that travel together.
+
+    owner: the ring's rank that lent them, for `release`; ready: after what they may be read, as `Streams.mark` says
+    it (both of the local transport).
+    """
 
     tensors: tuple[Tensor, ...]
     owner: int | None = None
+    ready: Any = None
 
 
 class Pending(ABC):
@@ -56,6 +62,7 @@ class Pending(ABC):
     def wait(self) -> list[Parcel]:
         """Block, within the group's timeout, until all is sent and received; what was received, in order.
 
+        On an accelerator it is the current stream that waits, not the caller.
         Raises RankFailedError, naming the rank that was waited for and the one that failed first, if known.
         """
 
@@ -65,11 +72,15 @@ class Channel(ABC):
 
     in_place: a parcel is read where its owner put it, so a shard is sent once to all its readers by its owner, and
     is never handed on. Other channels copy: a received parcel may be sent on until it is released.
+    in_order: transfers run in the order of their posting, whatever their lane, and each only ends when the other
+    rank has come to it too. So all that two ranks post for each other in one step goes into one `together`, or ranks
+    wait for each other in a circle (docs/decisions/0009-nccl-order.md).
     """
 
     rank: int
     size: int
     in_place: bool = False
+    in_order: bool = False
 
     @abstractmethod
     def post(
@@ -83,6 +94,10 @@ class Channel(ABC):
 
         A parcel that is sent must not be changed before `close`; one that `buffer` made, not before `wait`.
         """
+
+    def together(self) -> AbstractContextManager:
+        """What is posted inside starts at the end of it, at once; nothing is to be waited for inside."""
+        return nullcontext()
 
     def buffer(self, spec: Spec) -> Parcel:
         """Fresh tensors, not initialised, to be filled and sent. `release` takes them back for reuse."""
@@ -101,10 +116,11 @@ class Channel(ABC):
 
 
 class Transport(ABC):
-    """One rank's end of a group."""
+    """One rank's end of a group. capturable: whether transfers between GPUs can be captured into a CUDA graph."""
 
     rank: int
     size: int
+    capturable: bool = False
 
     @abstractmethod
     def begin_call(self) -> int:
@@ -116,7 +132,7 @@ class Transport(ABC):
 
     @abstractmethod
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        """The channel of a ring of these ranks of the group, the caller among them.
+        """The channel of a ring of these ranks of the group, the caller among them. Every rank of the group opens one.
 
         via: a name in `ringspan.transport.table.TRANSPORTS`, for groups that several can serve.
         """

@@ -1,7 +1,7 @@
 """Rings of threads in one process: the group, the current group of a thread, and `run_local`.
 
 Nothing is copied: a parcel is handed over as references, and a rank leaves a call only when nobody reads its
-tensors any more.
+tensors any more. On a GPU every worker has a stream of its own, and it is the streams that wait for each other.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from ringspan.errors import ArgumentError, RankFailedError, RingspanError, WorkerError, explain
+from ringspan.errors import ArgumentError, RankFailedError, RingspanError, UnsupportedError, WorkerError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
+from ringspan.transport.streams import Streams, streams_in_use, streams_of
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -79,7 +80,9 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
 
     Returns the workers' results, by rank. Grad mode, inference mode and autocast of the caller hold in the
     workers. torch's threads are shared out over the workers while they run. `timeout` bounds every wait of one
-    worker for another, in seconds (default 1800).
+    worker for another, in seconds (default 1800). Where CUDA is in use, each worker runs on a stream of its own of
+    the caller's current device, after what the caller has launched; what the caller launches next comes after them.
+    Backward runs in the worker's own thread on every device.
 
     If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
     ringspan with its type and the rank added, any other exception as WorkerError raised from it.
@@ -93,12 +96,15 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
     board = _Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))
     groups = [LocalGroup(board, rank) for rank in range(num_workers)]
     results: list[Any] = [None] * num_workers
-    carry = _carried_modes()
+    carry, streams = _carried_modes(), streams_in_use()
+    begin, ends = streams.mark(), [None] * num_workers
 
     def work(group: LocalGroup) -> None:
         try:
-            with _entered(group), carry():
+            with _entered(group), carry(), streams.own():
+                streams.follow(begin)
                 results[group.rank()] = fn(group, *args)
+                ends[group.rank()] = streams.mark()
         except BaseException as error:  # also KeyboardInterrupt: the others must not wait for this worker
             board.fail(group.rank(), error)
 
@@ -115,6 +121,8 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         except BaseException as error:  # Ctrl-C in the caller: release the workers before leaving
             board.fail(None, error)
             raise
+    for end in ends:
+        streams.follow(end)
     if board.failure is not None:
         _raise_failure(*board.failure)
     return results
@@ -150,7 +158,13 @@ def _carried_modes() -> Callable[[], AbstractContextManager]:
 
     @contextmanager
     def entered():
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+        # autograd's own threads, one a device, would run the backward of all workers: the first one's wait for the
+        # others would never end.
+        with (
+            torch.inference_mode(inference),
+            torch.set_grad_enabled(grad),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
             contexts = [
                 torch.autocast(device, dtype=dtype, enabled=True, cache_enabled=cache)
                 for device, dtype, enabled in autocast
@@ -267,6 +281,7 @@ class _Mailbox:
         self.changed = threading.Condition()
         self.parcels: dict[tuple, Parcel] = {}
         self.num_readers: dict[int, int] = {}  # by call
+        self.read: dict[int, list] = {}  # by call: after what on the readers' streams its tensors have been read
 
 
 class _Rendezvous:
@@ -309,7 +324,7 @@ class LocalTransport(Transport):
         return [message for message in meeting.messages if message is not None]
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        return _LocalChannel(self._board, call, tuple(members), self.rank)
+        return _LocalChannel(self._board, call, tuple(members), self.rank, streams_of(device_type))
 
     def fail(self, error: BaseException) -> None:
         self._board.fail(self.rank, error)
@@ -323,7 +338,8 @@ def _missing(meeting: _Rendezvous) -> str:
 class _LocalChannel(Channel):
     in_place = True
 
-    def __init__(self, board: _Board, call: int, members: tuple[int, ...], group_rank: int) -> None:
+    def __init__(self, board: _Board, call: int, members: tuple[int, ...], group_rank: int, streams: Streams) -> None:
+        self._streams = streams
         self._board = board
         self._call = call
         self._members = members
@@ -339,30 +355,37 @@ class _LocalChannel(Channel):
         sends: Sequence[tuple[int, Parcel]] = (),
         receives: Sequence[tuple[int, Spec]] = (),
     ) -> Pending:
+        ready = self._streams.mark() if sends else None
         for peer, parcel in sends:
             owner = self.rank if parcel.owner is None else parcel.owner
             self._count_readers(owner, +1)
             box = self._board.boxes[self._members[peer]]
             with box.changed:
-                box.parcels[(self._call, self._group_rank, index, lane)] = Parcel(parcel.tensors, owner)
+                box.parcels[(self._call, self._group_rank, index, lane)] = Parcel(parcel.tensors, owner, ready)
                 box.changed.notify_all()
-        return _LocalPending(self, index, lane, [peer for peer, _ in receives])
+        return _LocalPending(self, index, lane, receives)
 
-    def take(self, index: int, lane: int, peer: int) -> Parcel:
+    def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
         source = self._members[peer]
         box = self._board.boxes[self._group_rank]
         key = (self._call, source, index, lane)
         self._wait(box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}")
-        return box.parcels.pop(key)
+        parcel = box.parcels.pop(key)
+        _check_device(parcel, source, spec)
+        self._streams.follow(parcel.ready)
+        self._streams.hold(parcel.tensors)
+        return parcel
 
     def release(self, parcel: Parcel) -> None:
         if parcel.owner is not None:
-            self._count_readers(parcel.owner, -1)
+            self._count_readers(parcel.owner, -1, self._streams.mark())
 
-    def _count_readers(self, owner: int, change: int) -> None:
+    def _count_readers(self, owner: int, change: int, read: Any = None) -> None:
         box = self._board.boxes[self._members[owner]]
         with box.changed:
             left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
+            if read is not None:
+                box.read.setdefault(self._call, []).append(read)
             if left == 0:  # what the owner waits for in `close`; waking it for every reader costs all of them
                 box.changed.notify_all()
 
@@ -376,6 +399,8 @@ class _LocalChannel(Channel):
             lambda: f"the readers of rank {self._group_rank}'s tensors in call {self._call}",
         )
         box.num_readers.pop(self._call, None)
+        for read in box.read.pop(self._call, ()):
+            self._streams.follow(read)
 
     def _wait(self, box: _Mailbox, ready: Callable[[], bool], waiting_for: Callable[[], str]) -> None:
         if ready():
@@ -405,10 +430,22 @@ class _LocalChannel(Channel):
             self._board.permits.take()
 
 
+def _check_device(parcel: Parcel, source: int, spec: Spec) -> None:
+    found = parcel.tensors[0].device
+    if found != spec.device:
+        raise UnsupportedError(
+            explain(
+                "the workers of a local ring must have their tensors on one device: they read each other's in place.",
+                got=f"{found} on rank {source}, {spec.device} on the rank that reads",
+                fix="one device for all workers, or a process for each device (torchrun, NCCL)",
+            )
+        )
+
+
 class _LocalPending(Pending):
-    def __init__(self, channel: _LocalChannel, index: int, lane: int, peers: list[int]) -> None:
+    def __init__(self, channel: _LocalChannel, index: int, lane: int, receives: Sequence[tuple[int, Spec]]) -> None:
         self._take = channel.take
-        self._keys = [(index, lane, peer) for peer in peers]
+        self._keys = [(index, lane, peer, spec) for peer, spec in receives]
 
     def wait(self) -> list[Parcel]:
         return [self._take(*key) for key in self._keys]

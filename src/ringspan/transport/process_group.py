@@ -33,6 +33,8 @@ def transport_of(group: dist.ProcessGroup) -> ProcessGroupTransport:
 class ProcessGroupTransport(Transport):
     """Shared memory where it reaches every rank, torch.distributed elsewhere."""
 
+    capturable = True
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.torch_dist = TorchDistTransport(group)
         self.rank, self.size = self.torch_dist.rank, self.torch_dist.size
@@ -61,8 +63,8 @@ class ProcessGroupTransport(Transport):
         if via == "shared_memory":
             self._check_shared(device_type)
         if via == "torch_dist" or device_type != "cpu":
-            return self.torch_dist.channel(call, members)
-        return self._best.channel(call, members)
+            return self.torch_dist.channel(call, members, via, device_type)
+        return self._best.channel(call, members, via, device_type)
 
     def _check_shared(self, device_type: str) -> None:
         """What is refused here is refused on every rank alike: all know what came of the trial."""

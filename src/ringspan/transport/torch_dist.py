@@ -1,8 +1,12 @@
-"""Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs (and NCCL, not yet run here).
+"""Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs and NCCL on GPUs (not yet run here).
 
 gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So helper threads
 sit in them from the moment of posting, while the caller watches them and a key of the group's store under which the
 first rank that fails leaves its name and reason.
+
+NCCL's transfers run on a stream of the process group. They begin after what the current stream held when they were
+posted, so a buffer is read to its end before it is received into again; waiting for them makes the current stream
+wait. They know no tags and run in the order of their posting (docs/decisions/0009-nccl-order.md).
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan.errors import RankFailedError, explain
+from ringspan.errors import RankFailedError, UnsupportedError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, allocate, spec_of
 
 # Tags of ringspan's messages: this bit, then call, step, lane and the tensor's place in its parcel.
@@ -34,17 +39,24 @@ _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 _AGREEMENT_LANE = -1
 
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
+_POLL_S = 2e-5  # how often it asks an accelerator
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
+
+
+Operation = tuple[Callable, Tensor, int, int]  # isend or irecv, what, the peer in the ring, the tag
 
 
 class TorchDistTransport(Transport):
     """This rank's end of a process group."""
+
+    capturable = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)
         self.rank = group.rank()
         self.size = group.size()
         self._has_gloo = _gloo_of(group) is not None
+        self._met = False  # on the accelerator
         self.timeout_s = _timeout_s(group)
         self._bulletin = _Bulletin(group)
         self._waiters: dict[tuple[int, bool], _Waiter] = {}
@@ -71,19 +83,39 @@ class TorchDistTransport(Transport):
         return self._num_calls
 
     def agree(self, call: int, message: bytes) -> list[bytes]:
-        device = torch.device("cpu") if self._has_gloo else torch.device("cuda", torch.cuda.current_device())
+        return self._gather(call, message, on_cpu=self._has_gloo)
+
+    def _gather(self, call: int, message: bytes, on_cpu: bool) -> list[bytes]:
+        device = torch.device("cpu") if on_cpu else _accelerator()
         mine = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(device)
         every = [torch.empty_like(mine) for _ in range(self.size)]
         try:
             work = dist.all_gather(every, mine, group=self.group, async_op=True)
         except RuntimeError as error:  # a neighbour is gone already
             raise self.gave_up(f"every rank to begin call {call}", _said(error), call) from error
-        done = None if device.type != "cpu" else self.watch([work], _AGREEMENT_LANE, receives=True)
+        self._met |= not on_cpu
+        done = self.watch([work], _AGREEMENT_LANE, receives=True) if on_cpu else _Polled(work)
         self.wait([work], done, [None], lambda _: f"every rank to begin call {call}", call)
         return [bytes(part.cpu().numpy()) for part in every]
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        return _DistChannel(self, call, tuple(members))
+        in_order = self.runs_in_order(device_type)
+        if in_order and _backend_name(self.group, device_type) == "gloo":
+            raise UnsupportedError(
+                explain(
+                    f"gloo cannot send tensors that are on {device_type}.",
+                    got="a process group without another backend for them",
+                    fix='torch.distributed.init_process_group("cpu:gloo,cuda:nccl")',
+                )
+            )
+        if in_order and not self._met:
+            # NCCL's first operation on a group must be one of all ranks; the agreement may have gone through gloo.
+            self._gather(call, b"\0", on_cpu=False)
+        return _DistChannel(self, call, tuple(members), in_order)
+
+    def runs_in_order(self, device_type: str) -> bool:
+        """Whether transfers go by NCCL, not gloo."""
+        return device_type != "cpu"
 
     def fail(self, error: BaseException) -> None:
         reason = f"{type(error).__name__}: {error}"
@@ -98,15 +130,22 @@ class TorchDistTransport(Transport):
             self._waiters[lane, receives] = _Waiter(f"ringspan-waits-{what}-of-group-{self.group.group_name}")
         return self._waiters[lane, receives].wait_for(works)
 
-    def wait(self, works: list, done: _Outcome | None, peers: list, waiting_for, roll_call: int | None = None) -> None:
+    def order(self, works: list, waiting_for: str) -> None:
+        """Have the current stream wait for the works. What NCCL knows of a failure by now comes out here; a hang is
+        bounded by its watchdog, which ends the process, or here with TORCH_NCCL_BLOCKING_WAIT=1."""
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self.gave_up(waiting_for, _said(error), None) from error
+
+    def wait(
+        self, works: list, done: _Outcome | _Polled, peers: list, waiting_for, roll_call: int | None = None
+    ) -> None:
         """Block until the works are done, in their order; raise RankFailedError when that cannot be any more.
 
-        done: what `watch` gave for them; None on an accelerator.
+        done: what `watch` gave for them.
         """
-        if done is None:
-            for work in works:  # this only orders streams; NCCL's watchdog bounds it
-                work.wait()
-            return
         deadline = time.monotonic() + self.timeout_s + 5.0  # gloo's own bound comes first, with a reason
         while True:
             try:
@@ -145,8 +184,10 @@ def _said(error: RuntimeError) -> str:
 
 
 class _DistChannel(Channel):
-    def __init__(self, transport: TorchDistTransport, call: int, members: tuple[int, ...]) -> None:
+    def __init__(self, transport: TorchDistTransport, call: int, members: tuple[int, ...], in_order: bool) -> None:
         self._transport = transport
+        self.in_order = in_order
+        self._gathered: list[tuple[_Posted, list[Operation]]] | None = None
         self._call = call
         self._members = members
         self._spare: dict[Spec, list[Parcel]] = {}
@@ -161,39 +202,57 @@ class _DistChannel(Channel):
         receives: Sequence[tuple[int, Spec]] = (),
     ) -> Pending:
         posted = _Posted(self._transport, f"in step {index} of call {self._call}")
-        group = self._transport.group
-        operations: list[tuple[Callable, Tensor, int, int]] = []
+        operations: list[Operation] = []
         for peer, spec in receives:
             parcel = self.buffer(spec)
             posted.received.append(parcel)
-            operations += [(dist.irecv, x, peer, place) for place, x in enumerate(parcel.tensors)]
+            operations += self._operations(dist.irecv, parcel.tensors, peer, index, lane)
         for peer, parcel in sends:
             messages = [x.contiguous() for x in parcel.tensors]
             posted.kept += messages
-            operations += [(dist.isend, x, peer, place) for place, x in enumerate(messages)]
+            operations += self._operations(dist.isend, messages, peer, index, lane)
         if not operations:
             return posted
-        posted.on_cpu = operations[0][1].device.type == "cpu"
         posted.peers = [self._members[peer] for _, _, peer, _ in operations]
+        if self._gathered is not None:
+            self._gathered.append((posted, operations))
+            return posted
+        self._start([posted], operations)
+        if not self.in_order and posted.refused is None:
+            posted.done = self._transport.watch(posted.works, lane, bool(receives))
+        return posted
+
+    def _operations(
+        self, what: Callable, tensors: Sequence[Tensor], peer: int, index: int, lane: int
+    ) -> Iterator[Operation]:
+        for place, x in enumerate(tensors):
+            if x.numel():  # both ends know the sizes
+                yield what, x, peer, self._tag(index, lane, place)
+
+    @contextmanager
+    def together(self):
+        self._gathered = []
         try:
-            posted.works = dist.batch_isend_irecv(
+            yield
+            gathered = self._gathered
+        finally:
+            self._gathered = None
+        if gathered:
+            self._start([posted for posted, _ in gathered], [x for _, operations in gathered for x in operations])
+
+    def _start(self, posts: Sequence[_Posted], operations: Sequence[Operation]) -> None:
+        group, works, refused = self._transport.group, [], None
+        try:
+            works = dist.batch_isend_irecv(
                 [
-                    dist.P2POp(
-                        operation,
-                        message,
-                        dist.get_global_rank(group, self._members[peer]),
-                        group,
-                        self._tag(index, lane, place),
-                    )
-                    for operation, message, peer, place in operations
+                    dist.P2POp(what, x, dist.get_global_rank(group, self._members[peer]), group, tag)
+                    for what, x, peer, tag in operations
                 ]
             )
         except RuntimeError as error:  # the connection to a peer is closed
-            posted.refused = error
-            return posted
-        if posted.on_cpu:
-            posted.done = self._transport.watch(posted.works, lane, bool(receives))
-        return posted
+            refused = error
+        for posted in posts:
+            posted.works, posted.refused = works, refused
 
     def _tag(self, index: int, lane: int, place: int) -> int:
         assert lane < _LANES and place < _PLACES
@@ -204,7 +263,10 @@ class _DistChannel(Channel):
 
     def buffer(self, spec: Spec) -> Parcel:
         spare = self._spare.get(spec)
-        return spare.pop() if spare else Parcel(allocate(spec))
+        if spare:
+            return spare.pop()
+        self._spare.clear()  # of other lengths: kept, they would be more than the two shards that a rank may hold
+        return Parcel(allocate(spec))
 
     def release(self, parcel: Parcel) -> None:
         self._spare.setdefault(spec_of(parcel.tensors), []).append(parcel)
@@ -224,7 +286,6 @@ class _Posted(Pending):
         self.works: list = []
         self.peers: list[int] = []
         self.refused: RuntimeError | None = None
-        self.on_cpu = True
         self.done: _Outcome | None = None
 
     def wait(self) -> list[Parcel]:
@@ -232,15 +293,37 @@ class _Posted(Pending):
             return f"rank {peer} {self._where}"
 
         if self.refused is not None:
-            peers = " or ".join(map(str, sorted(set(self.peers))))
-            raise self._transport.gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
-        if self.works:
-            self._transport.wait(self.works, self.done, self.peers, waiting_for)
+            raise self._transport.gave_up(waiting_for(_named(self.peers)), _said(self.refused), None) from self.refused
         if self.done is not None:
+            self._transport.wait(self.works, self.done, self.peers, waiting_for)
             self.arrived_ns = self.done.at_ns
+        elif self.works:
+            self._transport.order(self.works, waiting_for(_named(self.peers)))
         self.received_bytes = [sum(x.nbytes for x in parcel.tensors) for parcel in self.received]
         self.kept.clear()
         return self.received
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return " or ".join(map(str, sorted(set(ranks))))
+
+
+class _Polled:
+    """A collective of an accelerator, asked again and again: its own wait would not let go of a caller who waits in
+    vain. The other end of an `_Outcome`."""
+
+    position = 0
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def result(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
+        while not self._work.is_completed():
+            if time.monotonic() > until:
+                raise FutureTimeout
+            time.sleep(_POLL_S)
+        self._work.wait()
 
 
 class _Outcome(Future):
@@ -329,6 +412,10 @@ class _Bulletin:
         return f" (no sign of rank{'s' if len(absent) > 1 else ''} {', '.join(absent)})" if absent else ""
 
 
+def _accelerator() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def _store(group: dist.ProcessGroup) -> Any:
     """The group's store, on a connection of its own: gloo may sit in a blocking get on the first one."""
     if hasattr(group, "get_group_store"):
@@ -348,6 +435,13 @@ def _gloo_of(group: dist.ProcessGroup) -> Any:
     except RuntimeError:  # none for the CPU
         return None
     return backend if backend.name() == "gloo" else None
+
+
+def _backend_name(group: dist.ProcessGroup, device_type: str) -> str | None:
+    try:
+        return group._get_backend(torch.device(device_type)).name()
+    except RuntimeError:
+        return None
 
 
 def _timeout_s(group: dist.ProcessGroup) -> float:

@@ -1,0 +1,353 @@
+"""The torch.distributed transport under NCCL's rules: the order of posting, simulated, and whole rings of threads."""
+
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import fake_nccl
+import pytest
+import torch
+from happens_before import Recorder, Watched
+from transport_behaviour import BEHAVIOURS, NUM_RANKS, opened, parcel_of, spec_of
+from whole import Case, check
+
+import ringspan
+from ringspan import call, execute
+from ringspan.arguments import Options
+from ringspan.layout import from_lengths
+from ringspan.problem import Mask
+from ringspan.schedule.ring import ring_schedule
+from ringspan.transport import torch_dist
+from ringspan.transport.contract import Channel, Parcel, Pending, allocate
+from ringspan.transport.torch_dist import TorchDistTransport
+
+LAYOUTS = ("contiguous", "striped", "zigzag")
+# With what follows from them: rings, ranks that skip steps, shards that jump over ranks, ranks that do nothing.
+MASKS = (
+    dict(),
+    dict(causal=True),
+    dict(causal=True, window_size=(2, 0)),
+    dict(window_size=(0, 5)),
+    dict(cu_seqlens=(0, 1, 14, 14, 23, 37, 37)),
+    dict(causal=True, cu_seqlens=(0, 5, 6, 30, 37)),
+)
+TOKENS = 37
+
+
+@dataclass
+class Posting(Channel):
+    """A channel that only notes what is posted, and in which batches. Each entry: (what, peer, label)."""
+
+    rank: int
+    size: int
+    in_order: bool
+    batches: list = field(default_factory=list)
+    _gathered: list | None = None
+
+    def post(self, index, lane, sends=(), receives=()):
+        label = (index, lane)
+        entries = [("receive", peer, label) for peer, _ in receives] + [("send", peer, label) for peer, _ in sends]
+        if self._gathered is not None:
+            self._gathered += entries
+        elif entries:
+            self.batches.append(entries)
+        return Arrived([spec for _, spec in receives])
+
+    @contextmanager
+    def together(self):
+        self._gathered = []
+        yield
+        if self._gathered:
+            self.batches.append(self._gathered)
+        self._gathered = None
+
+    def close(self):
+        pass
+
+
+class Arrived(Pending):
+    def __init__(self, specs):
+        self._specs = specs
+
+    def wait(self):
+        return [Parcel(allocate(spec)) for spec in self._specs]
+
+
+class Idle:
+    """A kernel that computes nothing."""
+
+    def absorb(self, *_):
+        pass
+
+    absorb_gradient = absorb
+
+
+class Blind(execute.Job):
+    def visible(self, tile):
+        return None
+
+
+def posted(num_ranks, layout, options, direction, in_order=True):
+    """Every rank's batches in one pass of the real loop."""
+    causal, documents = options.get("causal", False), options.get("cu_seqlens")
+    left, right = options.get("window_size", (-1, -1))
+    mask = Mask(TOKENS, TOKENS, left, 0 if causal else right, documents)
+    lengths = tuple(len(range(rank, TOKENS, num_ranks)) for rank in range(num_ranks))
+    if layout == "zigzag":
+        chunks = [len(range(chunk, TOKENS, 2 * num_ranks)) for chunk in range(2 * num_ranks)]
+        lengths = tuple(chunks[rank] + chunks[-1 - rank] for rank in range(num_ranks))
+    held, batches = from_lengths(layout, lengths), []
+    for rank in range(num_ranks):
+        travels = "queries" if direction == "backward, queries travel" else "keys"
+        schedule = ring_schedule(mask, held, held, rank, travels, direction != "forward")
+        job = Blind(schedule, Idle(), 1.0, lengths, lengths, (False,) * (2 if travels == "keys" else 4))
+        channel = Posting(rank, num_ranks, in_order)
+        x = torch.zeros(1, 1, lengths[rank], 1)
+        if direction == "forward":
+            execute.forward(job, channel, x, x, x)
+        else:
+            execute.backward(job, channel, x, x, x, x, x[..., 0], x[..., 0])
+        batches.append(channel.batches)
+    return batches
+
+
+def stuck(batches):
+    """What is left when batches run by NCCL's rules (see fake_nccl.py); raises where labels do not match."""
+    queues = [deque([list(batch) for batch in mine]) for mine in batches]
+    moved = True
+    while moved:
+        moved = False
+        for rank, queue in enumerate(queues):
+            for entry in list(queue[0]) if queue else ():
+                what, peer, label = entry
+                theirs = queues[peer][0] if queues[peer] else []
+                # The first of each direction between two ranks: a later one does not overtake.
+                mine_first = next(x for x in queue[0] if x[:2] == (what, peer))
+                other = next((x for x in theirs if x[0] != what and x[1] == rank), None)
+                if entry is mine_first and other is not None:
+                    assert other[2] == label, f"rank {rank} {what}s {label}, rank {peer} {other[0]}s {other[2]}"
+                    queue[0].remove(entry)
+                    theirs.remove(other)
+                    moved = True
+        for queue in queues:
+            while queue and not queue[0]:
+                queue.popleft()
+                moved = True
+    return [list(queue) for queue in queues]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward, keys travel", "backward, queries travel"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_posted_ends_under_ncclis_order_and_every_send_meets_its_receive(layout, direction):
+    for num_ranks in range(1, 10):
+        for options in MASKS:
+            batches = posted(num_ranks, layout, options, direction)
+            assert not any(stuck(batches)), (num_ranks, options)
+
+
+def test_the_simulation_finds_the_circle_in_the_order_that_gloo_is_given():
+    batches = posted(3, "contiguous", {}, "backward, keys travel", in_order=False)
+    assert all(stuck(batches))
+
+
+def test_the_simulation_finds_transfers_that_meet_the_wrong_ones():
+    with pytest.raises(AssertionError, match="rank 0 sends"):
+        stuck([[[("send", 1, (0, 0)), ("send", 1, (0, 1))]], [[("receive", 0, (0, 1)), ("receive", 0, (0, 0))]]])
+
+
+def ranks(world, work):
+    """work(transport) on a thread for each rank; results by rank, the first error raised."""
+    results, errors = [None] * world.size, []
+
+    def run(rank):
+        try:
+            results[rank] = work(TorchDistTransport(world.groups[rank]))
+        except BaseException as error:
+            errors.append(error)
+            with world.changed:
+                world.errors.append(f"rank {rank} raised {error!r}")
+                world.changed.notify_all()
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(world.size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    if errors:
+        raise errors[0]
+    return results
+
+
+@pytest.fixture
+def nccl(monkeypatch):
+    fake_nccl.install(monkeypatch)
+
+
+@pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
+def test_torch_dist_under_ncclis_rules(nccl, behaviour):
+    def work(transport):
+        transport.agree(transport.begin_call(), b"x")  # in some behaviours not every rank opens a channel
+        behaviour(transport)
+
+    ranks(fake_nccl.World(NUM_RANKS), work)
+
+
+def ring_of(case, transport, kernel="auto"):
+    """As `whole.ring`, on a transport."""
+    held = from_lengths(case.layout, lengths_of(case, transport.size))
+    where = [place for span in held.ranges(transport.rank) for place in span]
+    q, k, v, do, dlse = (x[:, :, where] for x in case.tensors())
+    left, right = case.options.get("window_size", (-1, -1))
+    documents = case.options.get("cu_seqlens")
+    options = Options(
+        left,
+        0 if case.options.get("causal") else right,
+        None if documents is None else tuple(documents),
+        case.layout,
+        kernel=kernel,
+    )
+    out, lse = call.forward(transport, q, k, v, options)
+    dlse = torch.where(lse.isinf(), 0.0, dlse)
+    dq, dk, dv = (grad.to(q.dtype) for grad in call.backward(transport, do, dlse, (q, k, v, out, lse), options))
+    return where, {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+
+
+def lengths_of(case, num_ranks):
+    chunks = 2 * num_ranks if case.layout == "zigzag" else num_ranks
+    sizes = [len(range(chunk, case.tokens, chunks)) for chunk in range(chunks)]
+    return tuple(
+        sizes[rank] + sizes[-1 - rank] if case.layout == "zigzag" else sizes[rank] for rank in range(num_ranks)
+    )
+
+
+CASES = [
+    Case(53, 4, kv_heads, 8, layout=layout, options=options)
+    for layout in LAYOUTS
+    for options, kv_heads in (
+        ({}, 4),
+        (dict(causal=True), 1),
+        (dict(causal=True, window_size=(9, 0)), 4),
+        (dict(cu_seqlens=[0, 8, 8, 30, 53]), 1),
+    )
+]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 5])
+def test_rings_under_ncclis_rules_are_exact(nccl, num_ranks):
+    for case in CASES:
+        world = fake_nccl.World(num_ranks)
+        parts = ranks(world, lambda transport, case=case: ring_of(case, transport))
+        places = [place for where, _ in parts for place in where]
+        order = torch.tensor(places).argsort()
+        whole = {name: torch.cat([found[name] for _, found in parts], 2)[:, :, order] for name in parts[0][1]}
+        check(case, whole)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[11]])
+def test_streams_order_every_access_under_ncclis_rules(nccl, case):
+    assert races_of(case) == []
+
+
+def races_of(case, follows=True):
+    recorder = Recorder()
+    world = fake_nccl.World(3, recorder, follows)
+
+    def work(transport):
+        with recorder.on(f"rank {transport.rank}"), Watched(recorder):
+            _, found = ring_of(case, transport, kernel="reference")
+            for x in found.values():
+                x.zero_()
+
+    ranks(world, work)
+    assert recorder.num_accesses > 100
+    return [race for race in recorder.races if "holding" not in race]  # NCCL's works hold their tensors
+
+
+def test_races_show_when_waiting_orders_no_stream(nccl, monkeypatch):
+    def only_block(work):
+        with work._world.changed:
+            assert work._world.changed.wait_for(lambda: work._batch.done, 20)
+
+    monkeypatch.setattr(fake_nccl.Work, "wait", only_block)
+    assert any("reads" in race for race in races_of(CASES[0]))
+
+
+def test_races_show_when_transfers_do_not_begin_after_the_poster_s_stream(nccl):
+    assert any("NCCL" in race for race in races_of(CASES[0], follows=False))
+
+
+def test_a_pass_allocates_no_buffer_after_the_first_ones(nccl, monkeypatch):
+    made = []
+
+    def counted(spec):
+        made.append(spec)
+        return allocate(spec)
+
+    monkeypatch.setattr(torch_dist, "allocate", counted)
+
+    def work(transport):
+        q = torch.randn(1, 2, 8, 4)
+        options = Options(kernel="reference")
+        out, lse = call.forward(transport, q, q, q, options)
+        forward = len(made)
+        call.backward(transport, q, None, (q, q, q, out, lse), options)
+        return forward
+
+    num_ranks = 7
+    ranks(fake_nccl.World(num_ranks), work)
+    # Forward: the shard in use and the one that arrives. Backward: those, and gradients: one arriving, one in
+    # work, one leaving.
+    assert len(made) <= num_ranks * (2 + 2 + 3)
+
+
+def test_an_abort_of_nccl_names_the_rank_that_was_waited_for_and_the_first_that_failed(nccl):
+    world = fake_nccl.World(2)
+
+    def aborted():
+        raise RuntimeError("NCCL communicator was aborted.\nmore")
+
+    def work(transport):
+        channel = transport.channel(transport.begin_call(), range(2))
+        if transport.rank == 1:
+            transport.fail(ValueError("out of luck"))
+            return None
+        pending = channel.post(0, 0, [(1, parcel_of(0))], [(1, spec_of(parcel_of(1)))])
+        pending.works[0].wait = aborted
+        while transport._bulletin.first_failure() is None:
+            time.sleep(0.001)
+        with pytest.raises(ringspan.RankFailedError) as caught:
+            pending.wait()
+        with pytest.raises(ringspan.RankFailedError, match="done for"):
+            transport.begin_call()
+        return str(caught.value)
+
+    told = ranks(world, work)[0]
+    assert "waiting for rank 1 in step 0 of call 1" in told and "communicator was aborted." in told
+    assert "rank 1 failed first: ValueError: out of luck" in told and "more" not in told
+
+
+def test_a_failure_elsewhere_ends_the_wait_for_an_agreement_on_the_accelerator(nccl):
+    world = fake_nccl.World(2)
+
+    def work(transport):
+        if transport.rank == 1:
+            transport.fail(ValueError("out of luck"))
+            return None
+        with pytest.raises(ringspan.RankFailedError, match="rank 1 failed first: ValueError: out of luck"):
+            transport.agree(transport.begin_call(), b"hello")
+        return True
+
+    assert ranks(world, work)[0]
+
+
+def test_the_first_transfer_is_one_of_all_ranks_even_where_nothing_was_agreed_on(nccl):
+    world = fake_nccl.World(3)
+    ranks(world, lambda transport: opened(transport, (0, 1) if transport.rank < 2 else (2,)) and None)
+    assert world.num_batches == 3
+    ranks(
+        world, lambda transport: transport.agree(transport.begin_call(), b"x") and opened(transport, range(3)) and None
+    )
+    assert world.num_batches == 6

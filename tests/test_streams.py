@@ -1,0 +1,114 @@
+"""The order of streams: rings of threads that each have a stream of their own, under a happens-before checker."""
+
+import sys
+
+import pytest
+import torch
+from happens_before import Recorder, Watched, fake_torch
+
+from ringspan import call, run_local
+from ringspan.arguments import Options
+from ringspan.layout import from_lengths
+from ringspan.transport import local, streams
+from ringspan.transport.contract import Parcel, spec_of
+from ringspan.transport.streams import CudaStreams
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Rings of threads behave as on a GPU whose every operation is recorded."""
+    recorder = Recorder()
+    monkeypatch.setattr(streams, "torch", fake_torch(recorder))
+    monkeypatch.setattr(local, "streams_of", lambda device_type: CudaStreams())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorder.hold(x, stream.name), raising=False)
+    return recorder
+
+
+def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None):
+    """Forward and backward, kernel and all; inputs are made by the caller, overwritten by their ranks at the end."""
+    options = options or Options(right=0, layout="zigzag", kernel="reference")
+    layout = from_lengths(
+        options.layout, tuple(tokens // num_ranks + (r < tokens % num_ranks) for r in range(num_ranks))
+    )
+
+    def work(group):
+        with Watched(recorder):
+            where = [place for held in layout.ranges(group.rank()) for place in held]
+            q, k, v, do = (x[:, :, where] for x in whole)
+            out, lse = call.forward(group.transport, q, k, v, options)
+            found = call.backward(group.transport, do, None, (q, k, v, out, lse), options)
+            call.forward(group.transport, q, k, v, options)  # after it no gradient comes home that orders the rest
+            for x in (q, k, v, do, out, lse):
+                x.zero_()
+            return found
+
+    with Watched(recorder):
+        whole = torch.randn(4, 1, 2, tokens, 4)
+        for grads in run_local(work, num_ranks, timeout=60):
+            for x in grads:
+                x.zero_()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("mask", [dict(), dict(right=0), dict(left=3, right=0), dict(cu_seqlens=(0, 2, 12, 12))])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_access_in_a_ring_of_threads_is_ordered_by_events(recorder, layout, mask, num_ranks):
+    ring_of_threads(recorder, num_ranks, 12, Options(layout=layout, kernel="reference", **mask))
+    assert recorder.num_accesses > 100
+    assert recorder.races == []
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        ("mark", "post"),
+        ("follow", "take"),
+        ("hold", "take"),
+        ("mark", "release"),
+        ("follow", "close"),
+        ("mark", "run_local"),
+        ("follow", "work"),
+        ("mark", "work"),
+        ("follow", "run_local"),
+    ],
+)
+def test_without_any_one_of_its_events_a_ring_of_threads_has_races(recorder, monkeypatch, name, where):
+    there, left_out = getattr(CudaStreams, name), []
+
+    def sometimes(self, *args):
+        if sys._getframe(1).f_code.co_name != where:
+            return there(self, *args)
+        left_out.append(where)
+        return None
+
+    monkeypatch.setattr(CudaStreams, name, sometimes)
+    ring_of_threads(recorder)
+    assert left_out and recorder.races
+
+
+def test_workers_run_backward_in_their_own_thread_on_every_device():
+    assert torch.autograd.is_multithreading_enabled()
+    assert run_local(lambda group: torch.autograd.is_multithreading_enabled(), 2) == [False, False]
+
+
+def test_workers_on_two_devices_are_refused():
+    there, here = torch.zeros(3, device="meta"), torch.zeros(3)
+
+    def work(group):
+        channel = group.transport.channel(group.transport.begin_call(), range(2))
+        if channel.rank == 0:
+            channel.post(0, 0, [(1, Parcel((there,)))]).wait()
+        else:
+            channel.post(0, 0, (), [(0, spec_of([here]))]).wait()
+
+    with pytest.raises(NotImplementedError, match=r"on one device(.|\n)*meta on rank 0, cpu on the rank that reads"):
+        run_local(work, 2, timeout=30)
+
+
+def test_a_cpu_has_no_streams_to_order():
+    cpu = streams.streams_of("cpu")
+    assert streams.streams_in_use() is cpu and cpu.mark() is None
+    cpu.follow(None)
+    cpu.hold([torch.zeros(1)])
+    with cpu.own():
+        pass
