@@ -24,6 +24,7 @@ from ringspan.kernels.triton_blocks import (
     matrix_block,
     of_head,
     partial_block,
+    rounded,
     seen_keys,
 )
 
@@ -136,11 +137,10 @@ def _pull_of_keys(
         key = start + tl.arange(0, KEYS)
         seen = (first[:, None] <= key[None, :]) & (key[None, :] < last[:, None])
         d_scores = tl.where(seen, d_scores, 0.0)
-    d_scores = d_scores.to(block_k.dtype)
     if CAREFUL:
         gradient = dot_seen(d_scores, block_k, seen, gradient)
     else:
-        gradient = dot(d_scores, block_k, gradient)
+        gradient = dot(rounded(d_scores, block_k.dtype), block_k, gradient)
     return gradient
 
 
@@ -270,13 +270,12 @@ def _pull_of_rows(
         seen = (first[None, :] <= key[:, None]) & (key[:, None] < last[None, :])
         weights = tl.where(seen, weights, 0.0)
         d_scores = tl.where(seen, d_scores, 0.0)
-    weights, d_scores = weights.to(block_do.dtype), d_scores.to(block_q.dtype)
     if CAREFUL:
         gradient_v = dot_seen(weights, block_do, seen, gradient_v)
         gradient_k = dot_seen(d_scores, block_q, seen, gradient_k)
     else:
-        gradient_v = dot(weights, block_do, gradient_v)
-        gradient_k = dot(d_scores, block_q, gradient_k)
+        gradient_v = dot(rounded(weights, block_do.dtype), block_do, gradient_v)
+        gradient_k = dot(rounded(d_scores, block_q.dtype), block_q, gradient_k)
     return gradient_k, gradient_v
 
 

@@ -84,6 +84,16 @@ def partial_block(index, begin, full_begin, full_end):
 
 
 @triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 as an operand of that dtype. Triton 3.9's interpreter cuts bfloat16 off where a GPU rounds to nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def dot(a, b, into):
     """a @ b + into, in float32. ieee: float32 operands are not rounded to tf32.
 
@@ -98,12 +108,12 @@ def dot(a, b, into):
 def dot_seen(weights, operand, seen, into):
     """weights @ operand + into, where weights that `seen` hides are 0 and hide even NaN and inf (0 * NaN is NaN).
 
-    weights, seen [M, N], operand [N, D]. A row of the operand that is not finite becomes 0, and NaN the weight of those
+    weights float32, seen [M, N]; operand [N, D]. A row of the operand that is not finite becomes 0, and NaN the weight of those
     that see it: their results are NaN as a whole. Slow, and only for the careful pass of a kernel.
     """
     finite = tl.abs(operand.to(tl.float32)) < float("inf")
     bad = tl.max((~finite).to(tl.int32), 1) == 1
-    weights = tl.where(seen & bad[None, :], float("nan"), weights).to(operand.dtype)
+    weights = rounded(tl.where(seen & bad[None, :], float("nan"), weights), operand.dtype)
     return dot(weights, tl.where(finite, operand, 0.0).to(operand.dtype), into)
 
 

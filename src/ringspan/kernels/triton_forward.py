@@ -20,6 +20,7 @@ from ringspan.kernels.triton_blocks import (
     matrix_block,
     of_head,
     partial_block,
+    rounded,
     seen_keys,
 )
 
@@ -157,11 +158,10 @@ def _take_in(
     total = total * decay + tl.sum(weights, 1)
     numerator = numerator * decay[:, None]
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
-    weights = weights.to(block_v.dtype)
     if CAREFUL:
         numerator = dot_seen(weights, block_v, seen, numerator)
     else:
-        numerator = dot(weights, block_v, numerator)
+        numerator = dot(rounded(weights, block_v.dtype), block_v, numerator)
     return numerator, total, new_peak
 
 
