@@ -28,4 +28,4 @@ class TestTriton(KernelBehaviour):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
     rounds_weights = True
-    one_in = 7
+    one_in = 13
