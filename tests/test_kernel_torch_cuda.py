@@ -15,7 +15,7 @@ from ringspan.kernels import measured, table, torch_cuda
 from ringspan.kernels.contract import SCRATCH_BYTES
 from ringspan.kernels.measured import OWN, Measurement
 from ringspan.kernels.reference import Reference
-from ringspan.kernels.torch_cuda import LIBRARIES, Library, TorchCuda
+from ringspan.kernels.torch_cuda import LIBRARIES, Library, TorchCuda, serving
 from ringspan.state import SoftmaxState
 from ringspan.tile import Band, RowIntervals
 
@@ -110,10 +110,9 @@ def test_the_ops_take_such_calls_and_return_out_and_lse_in_the_shapes_we_merge(l
 def test_no_op_takes_a_head_dim_that_its_row_excludes():
     for library in LIBRARIES:
         assert library.largest_head_dim % 8 == 0
-    kernel = make_kernel()
-    assert kernel._serving(128) == ["cudnn", "flash"]
-    assert kernel._serving(136) == ["flash"]
-    assert kernel._serving(100) == kernel._serving(264) == []
+    assert serving(LIBRARIES, 128) == ["cudnn", "flash"]
+    assert serving(LIBRARIES, 136) == ["flash"]
+    assert serving(LIBRARIES, 100) == serving(LIBRARIES, 264) == []
 
 
 # What the libraries are given

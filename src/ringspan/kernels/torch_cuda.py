@@ -9,7 +9,7 @@ docs/decisions/0008-library-kernels-on-gpus.md has the figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -51,6 +51,11 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 LIBRARIES = (Library("cudnn", 128, _cudnn), Library("flash", 256, _flash))
+
+
+def serving(libraries: Iterable[Library], head_dim: int) -> list[str]:
+    """Names of those that serve this head_dim."""
+    return [x.name for x in libraries if head_dim % 8 == 0 and head_dim <= x.largest_head_dim]
 
 
 def cuda_capability(device: torch.device) -> Capability:
@@ -98,7 +103,7 @@ class TorchCuda:
         if capability < _OLDEST_CAPABILITY:
             needed, got = (".".join(map(str, x)) for x in (_OLDEST_CAPABILITY, capability))
             return f"the libraries need compute capability {needed} (Ampere) or later, this GPU has {got}"
-        if not self._serving(head_dim):
+        if not serving(self._libraries.values(), head_dim):
             largest = max(library.largest_head_dim for library in self._libraries.values())
             return f"the libraries serve head_dim in multiples of 8 up to {largest}, not {head_dim}"
         reason = self._own.declines(dtype, device, head_dim)
@@ -130,17 +135,13 @@ class TorchCuda:
     ) -> None:
         self._own.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
 
-    def _serving(self, head_dim: int) -> list[str]:
-        """Names of the libraries that serve this head_dim."""
-        return [x.name for x in self._libraries.values() if head_dim % 8 == 0 and head_dim <= x.largest_head_dim]
-
     def _library_for(self, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> Library | None:
         """The library that takes this tile, or None for our own kernel."""
         small = min(visible.num_rows, visible.num_keys) < self._fewest or not q.shape[0]
         # They take the row maximum before they scale, which is right for a positive scale only.
         if small or visible.kind is not Kind.FULL or scale <= 0 or not all(map(_is_ready, (q, k, v))):
             return None
-        able = self._serving(q.shape[-1])
+        able = serving(self._libraries.values(), q.shape[-1])
         name = self._choose(self._capability(q.device), q.dtype, q.shape[-1], visible.num_keys, able)
         return self._libraries.get(name)
 
