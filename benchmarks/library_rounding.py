@@ -11,6 +11,7 @@ The figures of docs/decisions/0008-library-kernels-on-gpus.md.
 from __future__ import annotations
 
 import torch
+from pairs import machine
 from torch import Tensor
 
 ROWS, TOKENS, DIM, HEADS = 128, 8192, 128, 2
@@ -52,6 +53,7 @@ def error(a: Tensor, b: Tensor) -> float:
 
 
 def main() -> None:
+    print(machine())
     print(f"{HEADS} heads, {ROWS} queries, {TOKENS} keys, d {DIM}; relative error of out against float64")
     for dtype in (torch.bfloat16, torch.float16):
         for name, change in VALUES.items():
@@ -67,5 +69,19 @@ def main() -> None:
                 print(f"  {num_ranks:4}    {own:10.2e}    {library:15.2e}    {error(truth.to(dtype), truth):12.2e}")
 
 
+def deltas() -> None:
+    """delta = do . out is all that a library's backward takes from out, which it wants in 16 bits."""
+    print("relative error of delta in a library's backward, by the out that it is given; d 128")
+    print("  dtype       out, rounded    do * delta / |do|^2, rounded")
+    for dtype in (torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        out, do = torch.randn(4096, DIM).double(), torch.randn(4096, DIM).to(dtype).double()
+        delta = (do * out).sum(-1)
+        stand_in = do * (delta / do.square().sum(-1))[:, None]
+        found = [float(((do * x.to(dtype).double()).sum(-1) - delta).norm() / delta.norm()) for x in (out, stand_in)]
+        print(f"  {str(dtype).removeprefix('torch.'):10}  {found[0]:12.2e}    {found[1]:28.2e}")
+
+
 if __name__ == "__main__":
     main()
+    deltas()
