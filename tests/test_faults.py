@@ -9,8 +9,8 @@ import torch
 from processes import results, run_processes
 
 import ringspan
-from ringspan.arguments import check_like, check_tensors
 from ringspan import run_local
+from ringspan.arguments import check_like, check_tensors
 
 
 def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0):

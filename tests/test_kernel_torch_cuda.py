@@ -23,6 +23,15 @@ HOPPER, AMPERE = (9, 0), (8, 0)
 HALVES = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # Many small operations: threads that wait for each other would cost more than they save.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class StandIn:
     """Attention on a CPU that returns what the op on a GPU would: weights and out rounded, out as [B, T, H, D] lies."""
 
