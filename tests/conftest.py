@@ -1,8 +1,15 @@
 """What every test runs under: poisoned fresh memory, one seed, and repeatable random examples."""
 
+import os
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Before anybody imports triton: where there is no GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Asserts in the helpers explain themselves only if pytest rewrites them too.
 pytest.register_assert_rewrite("definition", "kernel_behaviour")
@@ -11,6 +18,18 @@ pytest.register_assert_rewrite("definition", "kernel_behaviour")
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=40, database=None)
 settings.register_profile("explore", deadline=None, max_examples=2000)
 settings.load_profile("steady")
+
+
+def pytest_collection_modifyitems(items):
+    """Of a test class with `one_in = n`, one in n cases of each test is fast, the others are slow."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        one_in = getattr(getattr(item, "cls", None), "one_in", 1)
+        test = item.nodeid.split("[")[0]
+        # Parameters often vary fastest with a small period: a prime number of cases apart they all come round.
+        if seen[test] % one_in:
+            item.add_marker(pytest.mark.slow)
+        seen[test] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -43,21 +43,21 @@ def seen_by_intervals(visible: RowIntervals) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, dtype=torch.float64
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, dtype=torch.float64, rounded=None
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, D], lse [B, H, T])."""
+    """(out [B, H, T, D], lse [B, H, T]). rounded: the dtype that weights are rounded to before they meet v."""
     q, k, v = (x.to(dtype) for x in _expanded(q, k, v))
     weights, lse = _weights(q, k, seen, scale)
-    return _over_seen(weights, v, seen), lse
+    return _over_seen(_rounded(weights, rounded), v, seen), lse
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, dtype=torch.float64
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, dtype=torch.float64, rounded=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) of sum(out * do) + sum(lse * dlse)."""
+    """(dq, dk, dv) of sum(out * do) + sum(lse * dlse). rounded: the dtype that p and ds are rounded to."""
     out, lse = attention(q, k, v, seen, scale, dtype)
     delta = (out * do.to(dtype)).sum(-1) - dlse.to(dtype)
-    return gradients_given(q, k, v, do, lse, delta, seen, scale, dtype)
+    return gradients_given(q, k, v, do, lse, delta, seen, scale, dtype, rounded)
 
 
 def gradients_given(
@@ -70,6 +70,7 @@ def gradients_given(
     seen: Tensor,
     scale: float,
     dtype=torch.float64,
+    rounded=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from rows' lse and delta, which may be of more keys than these."""
     num_kv_heads = k.shape[1]
@@ -78,6 +79,7 @@ def gradients_given(
     scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
     weights = torch.where(seen, torch.exp(scores - lse.unsqueeze(-1)), 0.0)
     d_scores = torch.where(seen, weights * (do @ v.mT - delta.unsqueeze(-1)), 0.0)
+    weights, d_scores = _rounded(weights, rounded), _rounded(d_scores, rounded)
     dk, dv = (
         _summed(x, num_kv_heads)
         for x in (_over_seen(d_scores.mT, q, seen.mT) * scale, _over_seen(weights.mT, do, seen.mT))
@@ -86,13 +88,14 @@ def gradients_given(
 
 
 def rounding_of_gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, of_weights_only=False
 ) -> tuple[float, float, float]:
     """Norm of what one rounding of every term leaves in dq, dk, dv, in units of the rounding.
 
     The terms of a gradient cancel (do . v against delta; entirely so where a row sees one key), so its error cannot
     be measured against its own size. Independent errors add up as squares: hence the formulas above on squares. A
-    weight e^(s - lse) has, besides its own rounding, that of s (and of its products) and of lse.
+    weight e^(s - lse) has, besides its own rounding, that of s (and of its products) and of lse; of_weights_only
+    counts one rounding of p and of ds and nothing else.
     """
     num_kv_heads = k.shape[1]
     out, _ = attention(q, k, v, seen, scale)
@@ -101,8 +104,12 @@ def rounding_of_gradients(
     delta = (out * do).sum(-1) - dlse.double()
     q2, k2, v2, do2 = (x.square() for x in (q, k, v, do))
     of_scores = scale**2 * (q2 @ k2.mT + (q @ k.mT).square()) + lse.nan_to_num(neginf=0.0).square().unsqueeze(-1)
-    weights = weights.square() * (1 + of_scores)
-    d_scores = weights * (do2 @ v2.mT + delta.square().unsqueeze(-1))
+    if of_weights_only:
+        d_scores = (weights * (do @ v.mT - delta.unsqueeze(-1))).square()
+        weights = weights.square()
+    else:
+        weights = weights.square() * (1 + of_scores)
+        d_scores = weights * (do2 @ v2.mT + delta.square().unsqueeze(-1))
     dk, dv = (_summed(x, num_kv_heads) for x in (d_scores.mT @ q2 * scale**2, weights.mT @ do2))
     return tuple(float(x.sum().sqrt()) for x in (d_scores @ k2 * scale**2, dk, dv))
 
@@ -113,17 +120,28 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return 0.0 if distance == 0 else float(distance / torch.linalg.vector_norm(b.double()))
 
 
-def plain_error_of_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> float:
+def plain_error_of_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, rounded=None) -> float:
     """Error of plain attention in the dtype's state dtype, rounded once at the end.
 
-    For bfloat16 and float16 that is a harder yardstick than plain attention in the dtype itself.
+    For bfloat16 and float16 that is a harder yardstick than plain attention in the dtype itself, unless its weights
+    are rounded too.
     """
-    out, _ = attention(q, k, v, seen, scale, state_dtype(q.dtype))
+    out, _ = attention(q, k, v, seen, scale, state_dtype(q.dtype), rounded)
     return relative_error(out.to(q.dtype), attention(q, k, v, seen, scale)[0])
 
 
-def bound_of_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> float:
-    return max(OUT_BOUNDS[q.dtype], 2 * plain_error_of_out(q, k, v, seen, scale))
+def bound_of_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, rounds_weights=False) -> float:
+    """rounds_weights: the kernel multiplies v by weights of its dtype."""
+    rounded = q.dtype if rounds_weights else None
+    bound = max(OUT_BOUNDS[q.dtype], 2 * plain_error_of_out(q, k, v, seen, scale, rounded))
+    if not rounds_weights:
+        return bound
+    # Half a unit for each of the two roundings, of terms and of out, for sums so short that the plain one was lucky.
+    exact, _ = attention(q, k, v, seen, scale)
+    _, k2, v2 = _expanded(q, k, v.double().square())
+    terms = _over_seen(_weights(q.double(), k2.double(), seen, scale)[0].square(), v2, seen).sum()
+    size = exact.square().sum()
+    return max(bound, torch.finfo(q.dtype).eps / 2 * float((1 + terms / size).sqrt())) if size > 0 else bound
 
 
 def bound_of_lse(q: Tensor, k: Tensor, scale: float) -> float:
@@ -136,17 +154,21 @@ def bound_of_lse(q: Tensor, k: Tensor, scale: float) -> float:
 
 
 def bounds_of_gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, rounds_weights=False
 ) -> tuple[float, float, float]:
     """Largest ||error|| of dq, dk, dv: twice that of the plain formulas in the state's dtype, with two floors.
 
     Two units of rounding of every term, for sums so short that the plain formulas may round luckily; and 1e-12 of the
-    terms for float64, where the plain formulas are the definition itself.
+    terms for float64, where the plain formulas are the definition itself. rounds_weights: the kernel multiplies by
+    p and ds of its dtype; then the plain formulas do too, and half a unit of that dtype is the third floor.
     """
     dtype = state_dtype(q.dtype)
     exact = gradients(q, k, v, do, dlse, seen, scale)
-    plain = gradients(q, k, v, do, dlse, seen, scale, dtype)
+    plain = gradients(q, k, v, do, dlse, seen, scale, dtype, q.dtype if rounds_weights else None)
     floor = max(2 * torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(q, k, v, do, dlse, seen, scale))
+    if rounds_weights:
+        of_weights = rounding_of_gradients(q, k, v, do, dlse, seen, scale, of_weights_only=True)
+        floor += torch.finfo(q.dtype).eps / 2 * torch.tensor(of_weights)
     errors = torch.stack([torch.linalg.vector_norm(a.double() - b) for a, b in zip(plain, exact, strict=True)])
     return tuple(torch.maximum(2 * errors, floor).tolist())
 
@@ -158,6 +180,10 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _summed(x: Tensor, num_kv_heads: int) -> Tensor:
     return x.unflatten(1, (num_kv_heads, -1)).sum(2)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
 
 
 def _over_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:

@@ -17,12 +17,14 @@ import triton.language as tl
 from ringspan.kernels.triton_blocks import (
     dot,
     dot_seen,
+    has_nan,
     inside,
     key_blocks,
     load_block,
     matrix_block,
     of_head,
     partial_block,
+    rounded,
     seen_keys,
 )
 
@@ -82,25 +84,48 @@ def absorb_dq_kernel(
     lse = of_head(lse, batch, head, lse_strides)
     delta = of_head(delta, batch, head, delta_strides)
     log2_total, drop = _row_constants(lse, delta, lse_strides, delta_strides, row, num_rows)
-    gradient = tl.zeros([ROWS, DIMS], tl.float32)
-    for index in tl.range(full_begin, full_end, num_stages=STAGES):
-        gradient = _pull_of_keys(
-            gradient, block_q, k, v, block_do, log2_total, drop, first, last, index * KEYS, num_keys, k_strides, v_strides,
-            factor, HEAD_DIM, DIMS, KEYS, MASKED=False,
-        )  # fmt: skip
-    for index in tl.range(0, full_begin - begin + end - full_end, num_stages=STAGES):
-        key = partial_block(index, begin, full_begin, full_end) * KEYS
-        gradient = _pull_of_keys(
-            gradient, block_q, k, v, block_do, log2_total, drop, first, last, key, num_keys, k_strides, v_strides,
-            factor, HEAD_DIM, DIMS, KEYS, MASKED=True,
+    gradient = _sweep_keys(
+        block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
+        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+    )  # fmt: skip
+    # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
+    if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
+        gradient = _sweep_keys(
+            block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
+            k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
         )  # fmt: skip
     _add_to(dq, gradient * scale, batch, head, start, num_rows, dq_strides, ROWS, DIMS, HEAD_DIM)
 
 
 @triton.jit
+def _sweep_keys(
+    q, k, v, do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
+    k_strides, v_strides, factor,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The rows' sum_j ds_ij k_j. CAREFUL: over all blocks as if they had hidden pairs."""
+    gradient = tl.zeros([q.shape[0], DIMS], tl.float32)
+    if CAREFUL:
+        full_begin, full_end = end, end
+    else:
+        for index in tl.range(full_begin, full_end, num_stages=STAGES):
+            gradient = _pull_of_keys(
+                gradient, q, k, v, do, log2_total, drop, first, last, index * KEYS, num_keys, k_strides, v_strides,
+                factor, HEAD_DIM, DIMS, KEYS, MASKED=False, CAREFUL=False,
+            )  # fmt: skip
+    for index in tl.range(0, full_begin - begin + end - full_end, num_stages=1 if CAREFUL else STAGES):
+        key = partial_block(index, begin, full_begin, full_end) * KEYS
+        gradient = _pull_of_keys(
+            gradient, q, k, v, do, log2_total, drop, first, last, key, num_keys, k_strides, v_strides,
+            factor, HEAD_DIM, DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
+        )  # fmt: skip
+    return gradient
+
+
+@triton.jit
 def _pull_of_keys(
     gradient, q, k, v, do, log2_total, drop, first, last, start, num_keys, k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to the rows' sum_j ds_ij k_j."""
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
@@ -111,9 +136,12 @@ def _pull_of_keys(
     if MASKED:
         key = start + tl.arange(0, KEYS)
         seen = (first[:, None] <= key[None, :]) & (key[None, :] < last[:, None])
-        d_scores = tl.where(seen, d_scores, 0.0).to(block_k.dtype)
-        return dot_seen(d_scores, block_k, seen, gradient)
-    return dot(d_scores.to(block_k.dtype), block_k, gradient)
+        d_scores = tl.where(seen, d_scores, 0.0)
+    if CAREFUL:
+        gradient = dot_seen(d_scores, block_k, seen, gradient)
+    else:
+        gradient = dot(rounded(d_scores, block_k.dtype), block_k, gradient)
+    return gradient
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -160,8 +188,35 @@ def absorb_dkdv_kernel(
     k, v = of_head(k, batch, kv_head, k_strides), of_head(v, batch, kv_head, v_strides)
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
+    gradient_k, gradient_v, touched, partial = _sweep_rows(
+        q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
+        q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=False,
+    )  # fmt: skip
+    if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
+        gradient_k, gradient_v, touched, partial = _sweep_rows(
+            q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
+            q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+            HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
+        )  # fmt: skip
+    if touched > 0:
+        _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
+        _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, DIMS, HEAD_DIM)
+
+
+@triton.jit
+def _sweep_rows(
+    q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
+    q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
+    STAGES: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """(sum_i ds_ij q_i, sum_i p_ij do_i, blocks of rows that see the keys, those that may have hidden pairs).
+
+    Over the rows of all query heads that read the key head. CAREFUL: over all blocks as if they had hidden pairs.
+    """
     gradient_k, gradient_v = tl.zeros([KEYS, DIMS], tl.float32), tl.zeros([KEYS, DIMS], tl.float32)
-    touched = 0
+    touched, partial = 0, 0
     for member in range(0, group):
         head = kv_head * group + member
         bounds = batch.to(tl.int64) * bound_strides[0] + head.to(tl.int64) * bound_strides[1]
@@ -173,32 +228,33 @@ def absorb_dkdv_kernel(
             full_begin, full_end = end, end
         my_q, my_do = of_head(q, batch, head, q_strides), of_head(do, batch, head, do_strides)
         my_lse, my_delta = of_head(lse, batch, head, lse_strides), of_head(delta, batch, head, delta_strides)
-        touched = tl.maximum(touched, end - begin)
-        for index in tl.range(full_begin, full_end, num_stages=STAGES):
-            gradient_k, gradient_v = _pull_of_rows(
-                gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi, index * ROWS, start, stop,
-                num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides,
-                lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=False,
-            )  # fmt: skip
-        for index in tl.range(0, full_begin - begin + end - full_end, num_stages=STAGES):
+        if CAREFUL:
+            full_begin, full_end = end, end
+        else:
+            for index in tl.range(full_begin, full_end, num_stages=STAGES):
+                gradient_k, gradient_v = _pull_of_rows(
+                    gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi,
+                    index * ROWS, start, num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides,
+                    bound_strides, lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=False, CAREFUL=False,
+                )  # fmt: skip
+        num_partial = full_begin - begin + end - full_end
+        for index in tl.range(0, num_partial, num_stages=1 if CAREFUL else STAGES):
             row = partial_block(index, begin, full_begin, full_end) * ROWS
             gradient_k, gradient_v = _pull_of_rows(
-                gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi, row, start, stop,
-                num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides,
-                lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=True,
+                gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi,
+                row, start, num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides,
+                bound_strides, lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=True, CAREFUL=CAREFUL,
             )  # fmt: skip
-    if touched > 0:
-        _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
-        _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, DIMS, HEAD_DIM)
+        touched, partial = tl.maximum(touched, end - begin), tl.maximum(partial, num_partial)
+    return gradient_k, gradient_v, touched, partial
 
 
 @triton.jit
 def _pull_of_rows(
-    gradient_k, gradient_v, q, k, v, do, lse, delta, lo, hi, start, first_key, stop_key,
-    num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides,
-    lower, upper, factor,
+    gradient_k, gradient_v, q, k, v, do, lse, delta, lo, hi, start, first_key,
+    num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """What one block of rows adds to the keys' sum_i ds_ij q_i and sum_i p_ij do_i. Everything is [keys, rows] here."""
     row = start + tl.arange(0, ROWS)
@@ -208,17 +264,18 @@ def _pull_of_rows(
     nothing = tl.zeros([KEYS, ROWS], tl.float32)
     weights = tl.exp2(tl.fma(dot(k, tl.trans(block_q), nothing), factor, -log2_total[None, :]))
     d_scores = weights * (dot(v, tl.trans(block_do), nothing) - drop[None, :])
-    if not MASKED:
-        gradient_v = dot(weights.to(block_do.dtype), block_do, gradient_v)
-        gradient_k = dot(d_scores.to(block_q.dtype), block_q, gradient_k)
-    else:
+    if MASKED:
         key = first_key + tl.arange(0, KEYS)
         first, last = seen_keys(lo, hi, bound_strides[2], row, num_rows, num_keys, lower, upper, BAND)
         seen = (first[None, :] <= key[:, None]) & (key[:, None] < last[None, :])
-        weights = tl.where(seen, weights, 0.0).to(block_do.dtype)
-        d_scores = tl.where(seen, d_scores, 0.0).to(block_q.dtype)
+        weights = tl.where(seen, weights, 0.0)
+        d_scores = tl.where(seen, d_scores, 0.0)
+    if CAREFUL:
         gradient_v = dot_seen(weights, block_do, seen, gradient_v)
         gradient_k = dot_seen(d_scores, block_q, seen, gradient_k)
+    else:
+        gradient_v = dot(rounded(weights, block_do.dtype), block_do, gradient_v)
+        gradient_k = dot(rounded(d_scores, block_q.dtype), block_q, gradient_k)
     return gradient_k, gradient_v
 
 

@@ -26,5 +26,5 @@ class Configs(NamedTuple):
 
 def configs(capability: tuple[int, int], dims: int, element_bytes: int) -> Configs:
     """capability: of the GPU; dims: head_dim rounded up to a power of two of at least 16."""
-    c = Config(64, 64, 4, 2)
+    c = Config(128, 128, 4, 2)
     return Configs(c, c, c)

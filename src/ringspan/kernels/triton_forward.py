@@ -13,12 +13,14 @@ import triton.language as tl
 from ringspan.kernels.triton_blocks import (
     dot,
     dot_seen,
+    has_nan,
     inside,
     key_blocks,
     load_block,
     matrix_block,
     of_head,
     partial_block,
+    rounded,
     seen_keys,
 )
 
@@ -89,21 +91,15 @@ def absorb_kernel(
     row_max = of_head(row_max, batch, head, max_strides) + row.to(tl.int64) * max_strides[2]
     row_sum = of_head(row_sum, batch, head, sum_strides) + row.to(tl.int64) * sum_strides[2]
 
-    numerator = tl.load(acc_block, mask=exists, other=0.0)
-    total = tl.load(row_sum, mask=row < num_rows, other=0.0)
-    peak, loss = _in_log2(tl.load(row_max, mask=row < num_rows, other=0.0))
-    numerator, total = numerator * loss[:, None], total * loss
-
-    for index in tl.range(full_begin, full_end, num_stages=STAGES):
-        numerator, total, peak = _take_in(
-            numerator, total, peak, block_q, k, v, first, last, index * KEYS, num_keys, k_strides, v_strides, factor,
-            HEAD_DIM, DIMS, KEYS, MASKED=False,
-        )  # fmt: skip
-    for index in tl.range(0, full_begin - begin + end - full_end, num_stages=STAGES):
-        key = partial_block(index, begin, full_begin, full_end) * KEYS
-        numerator, total, peak = _take_in(
-            numerator, total, peak, block_q, k, v, first, last, key, num_keys, k_strides, v_strides, factor,
-            HEAD_DIM, DIMS, KEYS, MASKED=True,
+    numerator, total, peak = _sweep(
+        acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end, row < num_rows,
+        num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+    )  # fmt: skip
+    # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
+    if has_nan(numerator) & (full_begin - begin + end - full_end > 0):
+        numerator, total, peak = _sweep(
+            acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end, row < num_rows,
+            num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
         )  # fmt: skip
 
     peak, loss = _in_nats(peak)
@@ -115,15 +111,43 @@ def absorb_kernel(
 
 
 @triton.jit
+def _sweep(
+    acc_block, exists, row_sum, row_max, q, k, v, first, last, begin, full_begin, full_end, end, is_row,
+    num_keys, k_strides, v_strides, factor,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """The state as it is in memory, and all blocks of keys taken in. CAREFUL: all of them as if pairs were hidden."""
+    numerator = tl.load(acc_block, mask=exists, other=0.0)
+    total = tl.load(row_sum, mask=is_row, other=0.0)
+    peak, loss = _in_log2(tl.load(row_max, mask=is_row, other=0.0))
+    numerator, total = numerator * loss[:, None], total * loss
+    if CAREFUL:
+        full_begin, full_end = end, end
+    else:
+        for index in tl.range(full_begin, full_end, num_stages=STAGES):
+            numerator, total, peak = _take_in(
+                numerator, total, peak, q, k, v, first, last, index * KEYS, num_keys, k_strides, v_strides, factor,
+                HEAD_DIM, DIMS, KEYS, MASKED=False, CAREFUL=False,
+            )  # fmt: skip
+    for index in tl.range(0, full_begin - begin + end - full_end, num_stages=1 if CAREFUL else STAGES):
+        key = partial_block(index, begin, full_begin, full_end) * KEYS
+        numerator, total, peak = _take_in(
+            numerator, total, peak, q, k, v, first, last, key, num_keys, k_strides, v_strides, factor,
+            HEAD_DIM, DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
+        )  # fmt: skip
+    return numerator, total, peak
+
+
+@triton.jit
 def _take_in(
     numerator, total, peak, q, k, v, first, last, start, num_keys, k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the rows' state."""
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
     scores = dot(q, tl.trans(block_k), tl.zeros([q.shape[0], KEYS], tl.float32))
-    key = start + tl.arange(0, KEYS)
     if MASKED:
+        key = start + tl.arange(0, KEYS)
         seen = (first[:, None] <= key[None, :]) & (key[None, :] < last[:, None])
         scores = tl.where(seen, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
@@ -134,11 +158,10 @@ def _take_in(
     total = total * decay + tl.sum(weights, 1)
     numerator = numerator * decay[:, None]
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
-    weights = weights.to(block_v.dtype)
-    if MASKED:
+    if CAREFUL:
         numerator = dot_seen(weights, block_v, seen, numerator)
     else:
-        numerator = dot(weights, block_v, numerator)
+        numerator = dot(rounded(weights, block_v.dtype), block_v, numerator)
     return numerator, total, new_peak
 
 
