@@ -1,3 +1,4 @@
+import json
 import re
 import sys
 
@@ -58,6 +59,18 @@ def test_processes_write_what_the_definition_says_and_tell_how_it_went(tmp_path)
         line for line in ended.err.splitlines() if re.match(r"step \d+ of 3 of worker 0, about \d+ s left", line)
     ]  # no terminal, so plain lines
     assert set(tmp_path.iterdir()) == {path, out}
+
+
+def test_a_trace_and_the_hidden_share_of_transfers_are_told(tmp_path):
+    path, file = write_input(tmp_path / "in.safetensors"), tmp_path / "trace.json"
+    ended = command("attend", path, "--workers", 3, "--transport", "torch_dist", "--trace", file)
+    assert ended.status == 0, ended.err
+    assert re.search(r"transfers +│ \d+% / \d+% / \d+% of their time hidden", ended.out)
+    assert {event["pid"] for event in json.loads(file.read_text())["traceEvents"]} == {0, 1, 2}
+    ended = command("attend", path, "--workers", 3)
+    assert re.search(r"transfers +│ none: shards are read in place", ended.out)
+    ended = command("attend", path, "--trace", tmp_path / "no folder" / "trace.json")
+    assert ended.status == 2 and "--trace cannot be written" in ended.err
 
 
 def test_torchrun_uses_the_group_that_it_made(tmp_path):

@@ -23,6 +23,7 @@ from ringspan.errors import (
     WorkerError,
 )
 from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
+from ringspan.trace import trace
 from ringspan.transport.local import LocalGroup, run_local
 from ringspan.transport.segments import empty_shared
 
@@ -47,5 +48,6 @@ __all__ = [
     "ring_attention_spmd_fwd",
     "run_local",
     "shard",
+    "trace",
     "unshard",
 ]

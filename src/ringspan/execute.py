@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels.contract import Kernel
-from ringspan.observe import StepTimer
+from ringspan.observe import StepClock
 from ringspan.schedule.contract import Schedule
 from ringspan.state import SoftmaxState, state_dtype
 from ringspan.tile import RowIntervals, Tile
@@ -49,21 +49,22 @@ class Job:
 def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys."""
     state = SoftmaxState.empty(q)
+    clock = StepClock("forward", job.schedule)
     traffic = Traffic(channel, job.schedule, (k, v), job.key_lengths, job.flipped)
-    timer = StepTimer("forward", len(job.schedule.steps))
+    clock.handed_out()
     with channel.computing():
         for step in job.schedule.steps:
             arriving = traffic.post_shards(step)
-            with timer.time("compute"):
-                k, v = traffic.visiting()
-                for tile in step.tiles:
-                    rows, keys = tile.rows, tile.columns
-                    job.kernel.absorb(
-                        state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
-                    )
-            with timer.time("wait"):
-                traffic.receive_shard(arriving)
-            timer.finish_step(step.index)
+            clock.posted()
+            k, v = traffic.visiting()
+            for tile in step.tiles:
+                rows, keys = tile.rows, tile.columns
+                job.kernel.absorb(
+                    state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
+                )
+            clock.computed()
+            traffic.receive_shard(arriving)
+            clock.finish(step, arriving)
     channel.close()
     return state.finalize(q.dtype)
 
@@ -81,29 +82,28 @@ def backward(
     staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
     sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
     lengths = job.key_lengths if keys_travel else job.query_lengths
+    clock = StepClock("backward", job.schedule)
     traffic = Traffic(channel, job.schedule, travelling, lengths, job.flipped)
-    timer = StepTimer("backward", len(job.schedule.steps))
+    clock.handed_out()
     with channel.computing():
         for step in job.schedule.steps:
             arriving, riding = traffic.post_shards(step), traffic.post_ride_receives(step, home)
-            part = home
-            with timer.time("compute"):
-                visiting = traffic.visiting()
-                if step.index and step.tiles:
-                    part = traffic.begin_part(home)
-                rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
-                rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
-                for tile in step.tiles:
-                    q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
-                    k, v = (x[:, :, tile.columns] for x in keys)
-                    (dq,) = (x[:, :, tile.rows] for x in rows_part)
-                    dk, dv = (x[:, :, tile.columns] for x in keys_part)
-                    job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
-            with timer.time("wait"):
-                traffic.receive_rides(step, riding, part, home)
-                traffic.send_ride(step)
-                traffic.receive_shard(arriving)
-            timer.finish_step(step.index)
+            clock.posted()
+            visiting = traffic.visiting()
+            part = traffic.begin_part(home) if step.index and step.tiles else home
+            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
+            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
+            for tile in step.tiles:
+                q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
+                k, v = (x[:, :, tile.columns] for x in keys)
+                (dq,) = (x[:, :, tile.rows] for x in rows_part)
+                dk, dv = (x[:, :, tile.columns] for x in keys_part)
+                job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
+            clock.computed()
+            traffic.receive_rides(step, riding, part, home)
+            traffic.send_ride(step)
+            traffic.receive_shard(arriving)
+            clock.finish(step, arriving, riding)
     traffic.finish()
     (dq,), (dk, dv) = rows_out, keys_out
     return dq, dk, dv

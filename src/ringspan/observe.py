@@ -4,27 +4,62 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from ringspan.schedule.contract import Hop, Schedule, Step
+from ringspan.transport.contract import Pending
 
 _thread = threading.local()
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """One finished step of one rank.
+class Flight:
+    """One hop that this rank received by copy. what: "shard" or "gradient"; begin_ns, end_ns: posted and arrived."""
 
-    phase: "forward" or "backward". index: of the step; place: how many steps this rank has finished, of
-    num_steps. compute_s: in kernels; wait_s: for transfers.
+    what: str
+    hop: Hop
+    begin_ns: int
+    end_ns: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One finished step of one rank. All times are of time.perf_counter_ns().
+
+    phase: "forward" or "backward". place: how many steps this rank has finished, of num_steps.
+    From begin_ns to handed_ns, handing out what others need (in shared memory, a copy of this rank's own shard); to
+    posted_ns, in the first step, waiting for a core; to computed_ns, kernels; to end_ns, waiting for transfers.
+    flights: of what arrived by copy for the next step; empty where shards are read in place.
     """
 
     phase: str
-    index: int
+    step: Step
     place: int
     num_steps: int
-    compute_s: float
-    wait_s: float
+    begin_ns: int
+    handed_ns: int
+    posted_ns: int
+    computed_ns: int
+    end_ns: int
+    flights: tuple[Flight, ...]
+
+    @property
+    def compute_s(self) -> float:
+        return (self.computed_ns - self.posted_ns) * 1e-9
+
+    @property
+    def wait_s(self) -> float:
+        return (self.end_ns - self.computed_ns) * 1e-9
+
+    @property
+    def flight_s(self) -> float:
+        """From the first posting to the last arrival of what this step received."""
+        if not self.flights:
+            return 0.0
+        return (max(x.end_ns for x in self.flights) - min(x.begin_ns for x in self.flights)) * 1e-9
 
 
 @contextmanager
@@ -38,26 +73,50 @@ def steps(callback: Callable[[StepRecord], None]):
         watchers.remove(callback)
 
 
-class StepTimer:
-    """Splits the time of a pass into computing and waiting. Cheap enough to run always."""
+class StepClock:
+    """Reads the clock between the parts of each step, and tells the watchers. Cheap enough to run always."""
 
-    def __init__(self, phase: str, num_steps: int) -> None:
-        self._phase, self._num_steps, self._place = phase, num_steps, 0
-        self._spent = {"compute": 0.0, "wait": 0.0}
+    def __init__(self, phase: str, schedule: Schedule) -> None:
+        self._phase, self._num_steps, self._place = phase, len(schedule.steps), 0
+        self._begin_ns = self._posted_ns = self._computed_ns = time.perf_counter_ns()
+        self._handed_ns: int | None = None
 
-    @contextmanager
-    def time(self, what: str):
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[what] += time.perf_counter() - begin
+    def handed_out(self) -> None:
+        """Before the first step: this rank's own shard is where others can take it."""
+        self._handed_ns = time.perf_counter_ns()
 
-    def finish_step(self, index: int) -> None:
+    def posted(self) -> None:
+        self._posted_ns = time.perf_counter_ns()
+
+    def computed(self) -> None:
+        self._computed_ns = time.perf_counter_ns()
+
+    def finish(self, step: Step, shards: Pending, rides: Pending | None = None) -> None:
+        """shards, rides: what the step received, now that it was waited for."""
+        end_ns = time.perf_counter_ns()
         self._place += 1
-        record = StepRecord(
-            self._phase, index, self._place, self._num_steps, self._spent["compute"], self._spent["wait"]
-        )
-        self._spent = {"compute": 0.0, "wait": 0.0}
-        for callback in getattr(_thread, "watchers", ()):
-            callback(record)
+        watchers = getattr(_thread, "watchers", ())
+        if watchers:
+            flights = [*self._flights("shard", [step.receive] if step.receive else (), shards)]
+            if rides is not None:
+                flights += self._flights("gradient", step.ride_receive, rides)
+            record = StepRecord(
+                self._phase,
+                step,
+                self._place,
+                self._num_steps,
+                self._begin_ns,
+                self._handed_ns or self._posted_ns,
+                self._posted_ns,
+                self._computed_ns,
+                end_ns,
+                tuple(flights),
+            )
+            for callback in watchers:
+                callback(record)
+        self._begin_ns, self._handed_ns = end_ns, None
+
+    def _flights(self, what: str, hops: Sequence[Hop], pending: Pending):
+        if hops and pending.arrived_ns is not None:
+            for hop, num_bytes in zip(hops, pending.received_bytes, strict=True):
+                yield Flight(what, hop, self._posted_ns, pending.arrived_ns, num_bytes)

@@ -142,6 +142,14 @@ def attend(
             rich_help_panel=_RESULT,
         ),
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write who computed and moved what, when: opens in ui.perfetto.dev.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
     tokens: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="How long the sequence is.", rich_help_panel=_RANDOM)
     ] = None,
@@ -170,7 +178,7 @@ def attend(
 
     def planned(num_workers: int, processes: bool) -> Job:
         asked = Asked(causal, parse_window(window), parse_documents(documents), layout, scale, kernel)
-        rest = {"transport": transport, "with_lse": lse, "compare": compare, "timeout_s": timeout}
+        rest = {"transport": transport, "with_lse": lse, "compare": compare, "trace": trace, "timeout_s": timeout}
         return plan(source(), asked, num_workers, processes, out, **rest)
 
     _end(lambda: _attend(planned, workers, transport, timeout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ringspan import observe, ring_attention, run_local
+from ringspan import observe, ring_attention, run_local, trace
 from ringspan.commands import check, report
 from ringspan.commands.asked import Exit
 from ringspan.commands.finish import finish
 from ringspan.commands.job import Job, Spent
 from ringspan.commands.memory import PeakMemory
 from ringspan.state import state_dtype
+
+_PARTS = ("compute", "wait", "flight")
 
 
 def run_in_threads(job: Job) -> Exit:
@@ -81,12 +84,14 @@ def attend_shard(
         records.append(record)
         watch(record)
 
+    traced = nullcontext() if job.trace is None else trace(job.trace, group=group)
     memory, begin = PeakMemory() if job.processes else None, time.perf_counter()
-    with observe.steps(note):
+    with traced, observe.steps(note):
         out, lse = ring_attention(*shard, group=group, transport=job.transport, return_lse=True, **vars(job.asked))
-    seconds = time.perf_counter() - begin
-    compute_s, wait_s = (sum(getattr(record, name) for record in records) for name in ("compute_s", "wait_s"))
-    return out, lse, Spent(seconds, compute_s, wait_s, memory.beyond_bytes() if memory else None)
+        seconds = time.perf_counter() - begin
+        peak_bytes = memory.beyond_bytes() if memory else None
+    compute_s, wait_s, flight_s = (sum(getattr(one, f"{what}_s") for one in records) for what in _PARTS)
+    return out, lse, Spent(seconds, compute_s, wait_s, flight_s, peak_bytes)
 
 
 def _nothing(_: object) -> None:

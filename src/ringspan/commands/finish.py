@@ -64,7 +64,7 @@ def _write(job: Job, out: Tensor, lse: Tensor) -> None:
         save_file(tensors, job.part, told)
         job.part.replace(job.out)
     except (OSError, SafetensorError) as error:
-        raise unwritable(job.out, error) from None
+        raise unwritable("--out", job.out, error) from None
     finally:
         job.part.unlink(missing_ok=True)
 

@@ -23,8 +23,8 @@ class Job:
     """Made by `plan`, which refuses what cannot be done.
 
     processes: workers are the ranks of a process group, else threads of this process. transport: between them.
-    part: where the result is written before it gets the name out. timeout_s: bounds every wait of one worker for
-    another.
+    part: where the result is written before it gets the name out. trace: where a trace goes, or None.
+    timeout_s: bounds every wait of one worker for another.
     """
 
     source: Source
@@ -34,6 +34,7 @@ class Job:
     transport: str = "auto"
     out: Path | None = None
     part: Path | None = None
+    trace: Path | None = None
     with_lse: bool = False
     compare: bool = False
     timeout_s: float = 1800.0
@@ -63,11 +64,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Spent:
-    """What one worker's call took. peak_bytes: memory at most, beyond its inputs; None where unknown."""
+    """What one worker's call took.
+
+    flight_s: how long what it received by copy was on its way; 0 where all was read in place. peak_bytes: memory at
+    most, beyond its inputs; None where unknown.
+    """
 
     seconds: float
     compute_s: float
     wait_s: float
+    flight_s: float
     peak_bytes: int | None
 
 
@@ -90,6 +96,11 @@ def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: P
 
 def refuse_unwritable(job: Job) -> None:
     """For the process that will write: find out before the work."""
+    if job.trace is not None:
+        try:
+            job.trace.touch()
+        except OSError as error:
+            raise unwritable("--trace", job.trace, error) from None
     if job.out is None or job.part is None:
         return
     try:
@@ -100,11 +111,11 @@ def refuse_unwritable(job: Job) -> None:
         job.part.touch(exist_ok=False)
         job.part.unlink()
     except OSError as error:
-        raise unwritable(job.out, error) from None
+        raise unwritable("--out", job.out, error) from None
 
 
-def unwritable(out: Path, error: Exception) -> ArgumentError:
+def unwritable(option: str, path: Path, error: Exception) -> ArgumentError:
     reason = getattr(error, "strerror", None) or str(error)
     return ArgumentError(
-        explain("--out cannot be written.", got=f"{out}: {reason}", fix="a file in a folder that you may write to")
+        explain(f"{option} cannot be written.", got=f"{path}: {reason}", fix="a file in a folder that you may write to")
     )

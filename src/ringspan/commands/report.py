@@ -119,9 +119,11 @@ def show(
         ("time", _time(job, seconds)),
         ("computing", _shares([one.compute_s / seconds for one in spent])),
         ("waiting", _shares([one.wait_s / seconds for one in spent]) + " for transfers"),
+        ("transfers", _transfers(spent)),
         ("peak memory", _memory(job, spent, peak_bytes)),
         ("error", _error(verdict)),
         *((("plain torch", _plain(plain, seconds)),) if plain else ()),
+        *((("trace", f"{job.trace}: opens in ui.perfetto.dev"),) if job.trace else ()),
         *((("written", _written(job) if verdict.passed else Text("nothing", style="red")),) if job.out else ()),
     ):
         table.add_row(name, value)
@@ -152,6 +154,14 @@ def _time(job: Job, seconds: float) -> str:
 
 def _shares(shares: list[float]) -> str:
     return f"{_spread([f'{share:.0%}' for share in sorted(shares)])} of the time"
+
+
+def _transfers(spent: Sequence[Spent]) -> str:
+    """Hidden is what a worker did not wait for, of the time that shards were on their way to it."""
+    hidden = sorted(max(0.0, 1 - one.wait_s / one.flight_s) for one in spent if one.flight_s)
+    if not hidden:
+        return "none: shards are read in place"
+    return f"{_spread([f'{share:.0%}' for share in hidden])} of their time hidden behind computing"
 
 
 def _spread(ascending: list[str]) -> str:

@@ -43,7 +43,14 @@ class Parcel:
 
 
 class Pending(ABC):
-    """Transfers that were posted."""
+    """Transfers that were posted.
+
+    arrived_ns: when the last of them was done, by time.perf_counter_ns(); known after `wait`, and only where
+    tensors are copied. received_bytes: of each parcel that was received so.
+    """
+
+    arrived_ns: int | None = None
+    received_bytes: Sequence[int] = ()
 
     @abstractmethod
     def wait(self) -> list[Parcel]:

@@ -1,8 +1,8 @@
 """Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs (and NCCL, not yet run here).
 
-gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So a helper thread per
-group sits in them, while the caller watches it and a key of the group's store under which the first rank that
-fails leaves its name and reason.
+gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So helper threads
+sit in them from the moment of posting, while the caller watches them and a key of the group's store under which the
+first rank that fails leaves its name and reason.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transpor
 _TAG_BIT = 1 << 30
 _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 
+_AGREEMENT_LANE = -1
+
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
 
@@ -45,8 +47,8 @@ class TorchDistTransport(Transport):
         self._has_gloo = _gloo_of(group) is not None
         self.timeout_s = _timeout_s(group)
         self._bulletin = _Bulletin(group)
-        self._waiter = _Waiter(f"ringspan-waits-of-group-{group.group_name}")
-        weakref.finalize(group, self._waiter.stop)
+        self._waiters: dict[tuple[int, bool], _Waiter] = {}
+        weakref.finalize(group, _stop, self._waiters)
         self._num_calls = 0
         self._failure: str | None = None
 
@@ -76,7 +78,8 @@ class TorchDistTransport(Transport):
             work = dist.all_gather(every, mine, group=self.group, async_op=True)
         except RuntimeError as error:  # a neighbour is gone already
             raise self.gave_up(f"every rank to begin call {call}", _said(error), call) from error
-        self.wait([work], [None], lambda _: f"every rank to begin call {call}", device, call)
+        done = None if device.type != "cpu" else self.watch([work], _AGREEMENT_LANE, receives=True)
+        self.wait([work], done, [None], lambda _: f"every rank to begin call {call}", call)
         return [bytes(part.cpu().numpy()) for part in every]
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
@@ -87,13 +90,23 @@ class TorchDistTransport(Transport):
         self._failure = self._failure or f"rank {self.rank}: {reason}"
         self._bulletin.report(self.rank, reason)
 
-    def wait(self, works: list, peers: list, waiting_for, device: torch.device, roll_call: int | None = None) -> None:
-        """Block until the works are done, in their order; raise RankFailedError when that cannot be any more."""
-        if device.type != "cpu":
-            for work in works:  # on an accelerator this only orders streams; NCCL's watchdog bounds it
+    def watch(self, works: list, lane: int, receives: bool) -> _Outcome:
+        """Have a thread wait for the works from now on. Those of one lane that receive, and those that only send,
+        are waited for in the order of their posting; that is the order in which the loop needs them."""
+        if (lane, receives) not in self._waiters:
+            what = f"lane-{lane}-{'receives' if receives else 'sends'}"
+            self._waiters[lane, receives] = _Waiter(f"ringspan-waits-{what}-of-group-{self.group.group_name}")
+        return self._waiters[lane, receives].wait_for(works)
+
+    def wait(self, works: list, done: _Outcome | None, peers: list, waiting_for, roll_call: int | None = None) -> None:
+        """Block until the works are done, in their order; raise RankFailedError when that cannot be any more.
+
+        done: what `watch` gave for them; None on an accelerator.
+        """
+        if done is None:
+            for work in works:  # this only orders streams; NCCL's watchdog bounds it
                 work.wait()
             return
-        done = self._waiter.wait_for(works)
         deadline = time.monotonic() + self.timeout_s + 5.0  # gloo's own bound comes first, with a reason
         while True:
             try:
@@ -160,7 +173,7 @@ class _DistChannel(Channel):
             operations += [(dist.isend, x, peer, place) for place, x in enumerate(messages)]
         if not operations:
             return posted
-        posted.device = operations[0][1].device
+        posted.on_cpu = operations[0][1].device.type == "cpu"
         posted.peers = [self._members[peer] for _, _, peer, _ in operations]
         try:
             posted.works = dist.batch_isend_irecv(
@@ -177,6 +190,9 @@ class _DistChannel(Channel):
             )
         except RuntimeError as error:  # the connection to a peer is closed
             posted.refused = error
+            return posted
+        if posted.on_cpu:
+            posted.done = self._transport.watch(posted.works, lane, bool(receives))
         return posted
 
     def _tag(self, index: int, lane: int, place: int) -> int:
@@ -208,7 +224,8 @@ class _Posted(Pending):
         self.works: list = []
         self.peers: list[int] = []
         self.refused: RuntimeError | None = None
-        self.device = torch.device("cpu")
+        self.on_cpu = True
+        self.done: _Outcome | None = None
 
     def wait(self) -> list[Parcel]:
         def waiting_for(peer: int | str) -> str:
@@ -218,15 +235,24 @@ class _Posted(Pending):
             peers = " or ".join(map(str, sorted(set(self.peers))))
             raise self._transport.gave_up(waiting_for(peers), _said(self.refused), None) from self.refused
         if self.works:
-            self._transport.wait(self.works, self.peers, waiting_for, self.device)
+            self._transport.wait(self.works, self.done, self.peers, waiting_for)
+        if self.done is not None:
+            self.arrived_ns = self.done.at_ns
+        self.received_bytes = [sum(x.nbytes for x in parcel.tensors) for parcel in self.received]
         self.kept.clear()
         return self.received
 
 
 class _Outcome(Future):
-    """When works are done. position: the work that is being waited for."""
+    """When works are done. position: the work that is being waited for; at_ns: when all were done."""
 
     position = 0
+    at_ns: int | None = None
+
+
+def _stop(waiters: dict[Any, _Waiter]) -> None:
+    for waiter in waiters.values():
+        waiter.stop()
 
 
 class _Waiter:
@@ -259,6 +285,7 @@ class _Waiter:
             # The caller must be the last to hold the works: one that dies in this thread while the interpreter
             # shuts down takes the process with it ("terminate called without an active exception").
             del job, work, works
+            outcome.at_ns = time.perf_counter_ns()
             if failure is None:
                 outcome.set_result(None)
             else:

@@ -1,0 +1,101 @@
+"""Traces: every rank's computing and transfers, on one clock, in the form that Perfetto reads."""
+
+import json
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from processes import results, run_processes
+
+import ringspan
+from ringspan import observe
+
+NUM_RANKS, NUM_TOKENS = 3, 50
+
+
+def traced_call(group, file, transport="auto"):
+    """A forward and a backward; also what an observer beside the trace was told of the forward."""
+    q, k, v = (torch.randn(1, 2, NUM_TOKENS, 8, requires_grad=True) for _ in range(3))
+    records: list[observe.StepRecord] = []
+    with ringspan.trace(file, group=group):
+        with observe.steps(records.append):
+            out = ringspan.ring_attention(q, k, v, group=group, transport=transport)
+        out.sum().backward()
+    return records
+
+
+def in_process(rank, file, transport):
+    return traced_call(None, file, transport)
+
+
+def events_of(file):
+    events = json.loads(file.read_text())["traceEvents"]
+    return [event for event in events if event["ph"] == "X"], [event for event in events if event["ph"] == "M"]
+
+
+def assert_every_rank_computes_every_shard(timed, named):
+    assert {event["args"]["name"] for event in named if event["name"] == "process_name"} == {
+        f"rank {rank}" for rank in range(NUM_RANKS)
+    }
+    computed = Counter((event["pid"], event["args"]["phase"], event["name"]) for event in timed if event["tid"] == 0)
+    every = [(phase, f"shard {shard}") for phase in ("forward", "backward") for shard in range(NUM_RANKS)]
+    assert computed == Counter((rank, *one) for rank in range(NUM_RANKS) for one in every)
+    for rank in range(NUM_RANKS):  # a rank computes one thing at a time, and its clock runs forward
+        mine = [(event["ts"], event["dur"]) for event in timed if (event["pid"], event["tid"]) == (rank, 0)]
+        assert all(begin + length <= after for (begin, length), (after, _) in pairwise(mine))
+
+
+def test_a_ring_of_threads_shows_its_steps_and_its_waits(tmp_path):
+    file = tmp_path / "trace.json"
+    ringspan.run_local(traced_call, NUM_RANKS, file)
+    timed, named = events_of(file)
+    assert_every_rank_computes_every_shard(timed, named)
+    assert {event["name"] for event in timed if event["tid"] == 1} == {"hand out", "wait for a core", "wait"}
+
+
+def test_copied_shards_and_gradients_show_their_flights(tmp_path):
+    file = tmp_path / "trace.json"
+    told = results(run_processes(in_process, NUM_RANKS, file, "torch_dist"))
+    timed, named = events_of(file)
+    assert_every_rank_computes_every_shard(timed, named)
+    flights = [event for event in timed if "bytes" in event["args"]]
+    shards = [(event["pid"], event["name"]) for event in flights if event["args"]["phase"] == "forward"]
+    expected = [
+        (rank, f"shard {(rank - step) % NUM_RANKS} from rank {(rank - 1) % NUM_RANKS}")
+        for rank in range(NUM_RANKS)
+        for step in range(1, NUM_RANKS)
+    ]
+    assert sorted(shards) == sorted(expected)
+    one_shard = 2 * (1 * 2 * NUM_TOKENS * 8 * 4)  # k and v
+    assert {event["args"]["bytes"] for event in flights if event["args"]["phase"] == "forward"} == {one_shard}
+    assert any(event["name"].startswith("gradient") for event in flights)
+    for records in told:
+        for record in records:
+            assert record.begin_ns <= record.handed_ns <= record.posted_ns <= record.computed_ns <= record.end_ns
+            assert all(record.posted_ns <= flight.end_ns <= record.end_ns for flight in record.flights)
+            assert len(record.flights) == (record.step.receive is not None)
+
+
+def test_shards_that_are_read_in_place_have_no_flight(tmp_path):
+    told = results(run_processes(in_process, NUM_RANKS, tmp_path / "trace.json", "shared_memory"))
+    assert_every_rank_computes_every_shard(*events_of(tmp_path / "trace.json"))
+    assert all(not record.flights and record.flight_s == 0 for records in told for record in records)
+
+
+def test_a_block_that_raises_writes_nothing_and_leaves_no_watcher(tmp_path):
+    with pytest.raises(KeyError), ringspan.trace(tmp_path / "trace.json"):
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    assert not observe._thread.watchers
+
+
+def test_ranks_of_another_host_are_moved_by_the_wall_clock():
+    from ringspan.trace import _on_one_clock
+
+    def rank(host, ahead_ns, begin_ns):
+        return [{"host": host, "ahead_ns": ahead_ns}, {"ts": begin_ns, "dur": 3000, "pid": 0}]
+
+    moved = _on_one_clock([rank("a", 1_000_000, 5000), rank("a", 1_000_007, 6000), rank("b", 4_000_000, 7000)])
+    assert [event["ts"] for event in moved] == [5.0, 6.0, 3007.0]
+    assert {event["dur"] for event in moved} == {3.0}
