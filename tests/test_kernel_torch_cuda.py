@@ -1,6 +1,5 @@
 """torch's attention on GPUs: its ops as the schemas have them, and around stand-ins that round as they do, on a CPU."""
 
-import importlib.util
 import warnings
 
 import kernel_behaviour
@@ -114,6 +113,27 @@ def test_the_ops_take_such_calls_and_return_out_and_lse_in_the_shapes_we_merge(l
         out, lse = library.attend(q, k, torch.empty_like(k), 0.3)
     assert (out.shape, out.dtype, out.device.type) == (q.shape, dtype, "cuda")
     assert (lse.shape, lse.dtype) == ((2, heads, 300), torch.float32)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_the_ops_get_all_rows_of_a_long_tile_in_parts_and_return_what_the_merge_takes(library, monkeypatch):
+    """On meta tensors, which have shapes and no values to look at."""
+    monkeypatch.setattr(torch_cuda, "_is_ready", lambda x: True)  # there are no addresses
+    rows = []
+
+    def attend(q, k, v, scale):
+        rows.append(q.shape[0] * q.shape[1] * q.shape[2])
+        return library.attend(q, k, v, scale)
+
+    real = Library(library.name, 256, attend)
+    kernel = TorchCuda(Reference(), [real], lambda *_: library.name, "meta", lambda _: HOPPER)
+    q = torch.empty(2, 8, 20_000, 128, device="meta", dtype=torch.bfloat16)
+    k = torch.empty(2, 2, 3_000, 128, device="meta", dtype=torch.bfloat16)
+    state = SoftmaxState.empty(q)
+    kernel.absorb(state, q, k, torch.empty_like(k), RowIntervals(20_000, 3_000), 0.1)
+    out, lse = state.finalize(q.dtype)
+    assert (out.shape, out.dtype, out.device.type, lse.shape) == (q.shape, q.dtype, "meta", q.shape[:3])
+    assert sum(rows) == 2 * 8 * 20_000 and len(rows) > 1
 
 
 def test_no_op_takes_a_head_dim_that_its_row_excludes():
@@ -291,16 +311,32 @@ def test_on_a_machine_without_gpu_cpu_tensors_are_declined_without_asking_a_driv
     assert "these tensors are on cpu" in kernel.declines(torch.bfloat16, torch.device("cpu"), 64)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
 def test_without_triton_the_libraries_decline_and_say_why(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: HOPPER)
-    kernel = TorchCuda(table.TRITON, capability=lambda device: HOPPER)
+    monkeypatch.setattr("ringspan.kernels.triton_kernel.find_spec", lambda name: None)
+    kernel = TorchCuda(table.TRITON, (Library("flash", 256, StandIn()),), capability=lambda device: HOPPER)
     reason = kernel.declines(torch.bfloat16, torch.device("cuda"), 64)
     assert reason == "what the libraries leave goes to triton, and triton is not installed"
+    monkeypatch.setattr(table, "FOR_AN_ONLY_TILE", (kernel,))
     # "auto" is then served by the definition.
     assert table.choose("auto", torch.bfloat16, torch.device("cuda"), 64, only_tile=True).name == "reference"
     with pytest.raises(ringspan.UnsupportedError, match="triton: triton is not installed"):
         table.choose("triton", torch.bfloat16, torch.device("cuda"), 64)
+
+
+def test_a_torch_without_the_ops_is_declined_and_one_of_them_is_enough():
+    def kernel(*there: bool) -> TorchCuda:
+        libraries = [
+            Library(name, most, StandIn(), lambda x=x: x)
+            for name, most, x in zip(("cudnn", "flash"), (128, 256), there, strict=True)
+        ]
+        return TorchCuda(Reference(), libraries, device_type="cpu", capability=lambda device: HOPPER, fewest=1)
+
+    cpu = torch.device("cpu")
+    assert "built without" in kernel(False, False).declines(torch.float16, cpu, 64)
+    assert kernel(True, False).declines(torch.float16, cpu, 64) is None
+    assert "up to 128, not 256" in kernel(True, False).declines(torch.float16, cpu, 256)
+    # The estimate for Hopper is cuDNN; what is not there is not chosen.
+    assert kernel(False, True)._able(64) == ["flash"]
 
 
 # The table of measurements

@@ -13,7 +13,7 @@ from ringspan.kernels.torch_ops import TorchOps
 from ringspan.kernels.triton_kernel import Triton
 
 TRITON = Triton()
-KERNELS: tuple[Kernel, ...] = (Native(), TRITON, TorchOps(), Reference())
+KERNELS: tuple[Kernel, ...] = (Native(), TorchOps(), TRITON, Reference())
 # Asked first by "auto" where one tile is all that the call's rows see; merging what it returns would not be exact.
 FOR_AN_ONLY_TILE: tuple[Kernel, ...] = (TorchCuda(TRITON),)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -32,11 +33,15 @@ Merge = Callable[[SoftmaxState, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Library:
-    """One of torch's ops. attend(q, k, v, scale): (out [B, H, T, D] in q's dtype, lse [B, H, T] float32)."""
+    """One of torch's ops. attend(q, k, v, scale): (out [B, H, T, D] in q's dtype, lse [B, H, T] float32).
+
+    is_there: whether this torch has it.
+    """
 
     name: str
     largest_head_dim: int
     attend: Attend
+    is_there: Callable[[], bool] = lambda: True
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -50,7 +55,15 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out, lse.reshape(q.shape[:3])  # it comes as [B, H, T, 1]
 
 
-LIBRARIES = (Library("cudnn", 128, _cudnn), Library("flash", 256, _flash))
+@cache
+def _has_cudnn() -> bool:
+    return (torch.backends.cudnn.version() or 0) >= 90000
+
+
+LIBRARIES = (
+    Library("cudnn", 128, _cudnn, _has_cudnn),
+    Library("flash", 256, _flash, torch.backends.cuda.is_flash_attention_available),
+)
 
 
 def serving(libraries: Iterable[Library], head_dim: int) -> list[str]:
@@ -103,8 +116,10 @@ class TorchCuda:
         if capability < _OLDEST_CAPABILITY:
             needed, got = (".".join(map(str, x)) for x in (_OLDEST_CAPABILITY, capability))
             return f"the libraries need compute capability {needed} (Ampere) or later, this GPU has {got}"
-        if not serving(self._libraries.values(), head_dim):
-            largest = max(library.largest_head_dim for library in self._libraries.values())
+        if not any(library.is_there() for library in self._libraries.values()):
+            return "this torch was built without cuDNN 9 and without flash attention"
+        if not self._able(head_dim):
+            largest = max(library.largest_head_dim for library in self._libraries.values() if library.is_there())
             return f"the libraries serve head_dim in multiples of 8 up to {largest}, not {head_dim}"
         reason = self._own.declines(dtype, device, head_dim)
         return None if reason is None else f"what the libraries leave goes to {self._own.name}, and {reason}"
@@ -135,13 +150,16 @@ class TorchCuda:
     ) -> None:
         self._own.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
 
+    def _able(self, head_dim: int) -> list[str]:
+        return [name for name in serving(self._libraries.values(), head_dim) if self._libraries[name].is_there()]
+
     def _library_for(self, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> Library | None:
         """The library that takes this tile, or None for our own kernel."""
         small = min(visible.num_rows, visible.num_keys) < self._fewest or not q.shape[0]
         # They take the row maximum before they scale, which is right for a positive scale only.
         if small or visible.kind is not Kind.FULL or scale <= 0 or not all(map(_is_ready, (q, k, v))):
             return None
-        able = serving(self._libraries.values(), q.shape[-1])
+        able = self._able(q.shape[-1])
         name = self._choose(self._capability(q.device), q.dtype, q.shape[-1], visible.num_keys, able)
         return self._libraries.get(name)
 
