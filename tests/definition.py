@@ -52,7 +52,15 @@ def attention(
 
 
 def gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, dtype=torch.float64, rounded=None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    seen: Tensor,
+    scale: float,
+    dtype=torch.float64,
+    rounded=None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) of sum(out * do) + sum(lse * dlse). rounded: the dtype that p and ds are rounded to."""
     out, lse = attention(q, k, v, seen, scale, dtype)

@@ -1,18 +1,27 @@
 """The Triton kernels, on CPU tensors in Triton's interpreter (conftest.py turns it on)."""
 
 import os
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
-from kernel_behaviour import KernelBehaviour
+from kernel_behaviour import STORAGES, VISIBLE, KernelBehaviour, backward, forward, make_tile, peak_bytes
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("these are run in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 import interpreter
+import triton
+import triton.language as tl
 
+from ringspan.kernels.reference import Reference
+from ringspan.kernels.table import choose
+from ringspan.kernels.triton_configs import Config, Configs
 from ringspan.kernels.triton_kernel import Triton
+from ringspan.kernels.triton_merge import merge_normalised_
+from ringspan.state import SoftmaxState
 
 # NumPy warns of what the interpreter computes with NaN and inf.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -28,4 +37,153 @@ class TestTriton(KernelBehaviour):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
     rounds_weights = True
-    one_in = 7
+    one_in = 13
+
+    @pytest.mark.slow
+    def test_it_is_exact_for_whatever_comes(self):
+        super().test_it_is_exact_for_whatever_comes()
+
+    @pytest.mark.slow
+    def test_the_error_does_not_grow_with_the_number_of_pieces(self):
+        super().test_the_error_does_not_grow_with_the_number_of_pieces()
+
+    @pytest.mark.parametrize("kind", ["full", "diagonal", "any intervals"])
+    def test_scratch_stays_within_the_bound(self, kind):
+        """The interpreter's own memory is not the kernel's; of the kernel's there is none but bounds on their way."""
+        tile = make_tile(VISIBLE[kind](300, 200), dim=64, dtype=torch.bfloat16)
+        state = SoftmaxState.empty(tile.q)
+        call = lambda: self.kernel.absorb(state, tile.q, tile.k, tile.v, tile.visible, tile.scale)  # noqa: E731
+        assert peak_bytes(call) <= 300 * 2 * 4 + 64
+
+
+def of_blocks(*sizes: tuple[int, int]) -> Triton:
+    forward, dq, dkdv = (Config(rows, keys, 4, 1) for rows, keys in sizes)
+    return Triton(lambda *_: Configs(forward, dq, dkdv))
+
+
+SMALL = {"wide": of_blocks((16, 32), (16, 64), (32, 16)), "tall": of_blocks((64, 16), (32, 16), (16, 32))}
+
+
+FAST = {("wide", "window"), ("wide", "any intervals of each head"), ("tall", "diagonal"), ("tall", "causal documents")}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kind"),
+    [
+        pytest.param(blocks, kind, marks=() if (blocks, kind) in FAST else pytest.mark.slow)
+        for blocks, kind in product(SMALL, VISIBLE)
+    ],
+)
+def test_blocks_of_any_shape_find_the_same_pairs(blocks, kind):
+    """With many small blocks most are whole or skipped, which the large ones of the interpreter never are."""
+    tile = make_tile(VISIBLE[kind](70, 90), heads=2, dim=16)
+    if tile.visible.lo is not None and tile.visible.lo.ndim == 3:
+        tile = tile._replace(visible=tile.visible.heads(slice(0, 1), slice(0, 2)))
+    out, lse = forward(Reference(), tile)
+    for mine, exact in zip(forward(SMALL[blocks], tile), (out, lse), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+    for mine, exact in zip(backward(SMALL[blocks], tile), backward(Reference(), tile), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["k", "v", "q", "do"])
+@pytest.mark.parametrize("kind", ["diagonal", "documents with a window"])
+def test_nan_in_one_block_of_many_reaches_only_what_sees_it(kind, where):
+    tile = make_tile(VISIBLE[kind](70, 90), heads=2, dim=16)
+    getattr(tile, where)[0, 0, 41, 3] = np.nan
+    kernel, exact = SMALL["wide"], Reference()
+    lse, delta = torch.zeros(1, 2, 70), torch.zeros(1, 2, 70)
+    for mine, expected in zip(forward(kernel, tile), forward(exact, tile), strict=True):
+        assert torch.equal(mine.isnan().view(1, 2, 70, -1).any(-1), expected.isnan().view(1, 2, 70, -1).any(-1))
+    for mine, expected in zip(backward(kernel, tile, lse, delta), backward(exact, tile, lse, delta), strict=True):
+        assert torch.equal(mine.isnan().any(-1), expected.isnan().any(-1))
+
+
+def test_no_integer_of_the_kernels_overflows():
+    tile = make_tile(VISIBLE["window"](40, 50), heads=2, dim=16)
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter.hurry(patch, check_overflow=True)
+        forward(SMALL["wide"], tile), backward(SMALL["wide"], tile)
+
+
+def test_auto_never_takes_the_interpreter():
+    assert choose("auto", torch.float32, torch.device("cpu"), 64).name != "triton"
+    assert choose("triton", torch.float32, torch.device("cpu"), 64).name == "triton"
+
+
+def test_without_the_interpreter_cpu_tensors_are_declined(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    reason = Triton().declines(torch.float32, torch.device("cpu"), 64)
+    assert reason is not None and "TRITON_INTERPRET=1" in reason
+
+
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((12, 0), True)])
+def test_gpus_from_ampere_on_are_served(monkeypatch, capability, served):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = Triton().declines(torch.bfloat16, torch.device("cuda"), 64)
+    assert reason is None if served else "compute capability 8.0" in reason
+
+
+# What the kernels work around in Triton's interpreter. When one of these fails, the way around it can go.
+
+
+@triton.jit
+def _product(a, b, out):
+    index = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(out + index, tl.dot(tl.load(a + index), tl.load(b + index)))
+
+
+@triton.jit
+def _narrowed(x, out):
+    index = tl.arange(0, 16)
+    tl.store(out + index, tl.load(x + index).to(tl.bfloat16).to(tl.float32))
+
+
+@pytest.mark.parametrize(("dtype", "right"), [(torch.float32, True), (torch.float16, True), (torch.bfloat16, False)])
+def test_the_interpreter_multiplies_bfloat16_wrongly(dtype, right):
+    a, b, out = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype), torch.zeros(16, 16)
+    _product[(1,)](a, b, out)
+    assert torch.allclose(out, a.float() @ b.float(), rtol=1e-3, atol=1e-3) == right
+
+
+def test_the_interpreter_cuts_bfloat16_off():
+    x, out = torch.full((16,), 1 + 2**-7 - 2**-12), torch.zeros(16)
+    _narrowed[(1,)](x, out)
+    assert (out == 1.0).all() and (x.bfloat16() == 1 + 2**-7).all()
+
+
+# The fused merge
+
+
+def state_of(rows: int, dim: int, *, blind: slice) -> SoftmaxState:
+    state = SoftmaxState(torch.randn(2, 3, rows, dim), torch.randn(2, 3, rows), torch.rand(2, 3, rows) + 0.5)
+    state.acc[:, :, blind], state.row_max[:, :, blind], state.row_sum[:, :, blind] = 0.0, -torch.inf, 0.0
+    return state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [3, 64])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_the_fused_merge_is_the_states_own(dtype, dim, storage):
+    mine = state_of(70, dim, blind=slice(0, 20))
+    expected = SoftmaxState(mine.acc.clone(), mine.row_max.clone(), mine.row_sum.clone())
+    out, lse = torch.randn(2, 3, 70, dim).to(dtype), torch.randn(2, 3, 70)
+    out[:, :, 10:30], lse[:, :, 10:30] = 0.0, -torch.inf
+    out = STORAGES[storage](out)
+    merge_normalised_(mine, out, lse)
+    expected.merge_(out, lse)
+    for name in ("acc", "row_max", "row_sum"):
+        found = getattr(mine, name)
+        torch.testing.assert_close(found, getattr(expected, name), rtol=1e-6, atol=1e-6)
+        assert not found.isnan().any()
+    assert torch.isneginf(mine.row_max[:, :, 10:20]).all() and not mine.row_sum[:, :, 10:20].any()
+
+
+def test_the_fused_merge_takes_a_part_of_a_state_and_no_rows_at_all():
+    whole = state_of(50, 16, blind=slice(0, 0))
+    before = whole.acc.clone()
+    merge_normalised_(whole.select(slice(10, 20)), torch.randn(2, 3, 10, 16), torch.randn(2, 3, 10))
+    merge_normalised_(whole.select(slice(10, 10)), torch.randn(2, 3, 0, 16), torch.randn(2, 3, 0))
+    changed = (whole.acc != before).any(-1)
+    assert changed[:, :, 10:20].all() and not changed[:, :, :10].any() and not changed[:, :, 20:].any()

@@ -6,7 +6,7 @@ Scores and dO V^T are computed in both: 7 products where a kernel with atomics d
 
     p_ij = 2^(qk_ij * factor - lse_i * log2(e))     ds_ij = p_ij * (do_i . v_j - delta_i)
 
--lse and -delta are added last, as in the other kernels: as start values of the sums they would make their rounding worse.
+-lse and -delta are added last: as start values of the sums they would make all rounding on the way as large as theirs.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _sweep_rows(
     """
     gradient_k, gradient_v = tl.zeros([KEYS, DIMS], tl.float32), tl.zeros([KEYS, DIMS], tl.float32)
     touched, partial = 0, 0
-    for member in range(0, group):
+    for member in range(group):
         head = kv_head * group + member
         bounds = batch.to(tl.int64) * bound_strides[0] + head.to(tl.int64) * bound_strides[1]
         my_lo, my_hi = lo + bounds, hi + bounds
@@ -302,7 +302,7 @@ def _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS: tl.constexpr)
 def _row_blocks(lo, hi, stride, start, stop, num_rows, num_keys, ROWS: tl.constexpr):
     """(begin, end) of the row blocks that see some of the keys start..stop."""
     begin, end = tl.cdiv(num_rows, ROWS), 0
-    for block in range(0, tl.cdiv(num_rows, ROWS)):
+    for block in range(tl.cdiv(num_rows, ROWS)):
         row = block * ROWS + tl.arange(0, ROWS)
         first, last = seen_keys(lo, hi, stride, row, num_rows, num_keys, 0, 0, False)
         sees = tl.max(((first < stop) & (last > start)).to(tl.int32), 0) == 1
@@ -312,7 +312,9 @@ def _row_blocks(lo, hi, stride, start, stop, num_rows, num_keys, ROWS: tl.conste
 
 
 @triton.jit
-def _add_to(target, part, batch, head, start, num_rows, strides, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _add_to(
+    target, part, batch, head, start, num_rows, strides, ROWS: tl.constexpr, DIMS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
     pointers = matrix_block(of_head(target, batch, head, strides), start, strides[2], strides[3], ROWS, DIMS)
     exists = inside(start, num_rows, ROWS, DIMS, HEAD_DIM)
     tl.store(pointers, tl.load(pointers, mask=exists, other=0.0) + part, mask=exists)

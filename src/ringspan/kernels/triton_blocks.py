@@ -13,6 +13,7 @@ import triton.language as tl
 # Triton decides the same way, and when it is imported: whether kernels run in its interpreter, on CPU tensors.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
+
 @triton.jit
 def matrix_block(base, start, stride_row, stride_dim, ROWS: tl.constexpr, DIMS: tl.constexpr):
     """Pointers [ROWS, DIMS] into a matrix [.., D] from row `start` on. 64 bits: tensors may exceed 2^31 elements."""
@@ -108,8 +109,8 @@ def dot(a, b, into):
 def dot_seen(weights, operand, seen, into):
     """weights @ operand + into, where weights that `seen` hides are 0 and hide even NaN and inf (0 * NaN is NaN).
 
-    weights float32, seen [M, N]; operand [N, D]. A row of the operand that is not finite becomes 0, and NaN the weight of those
-    that see it: their results are NaN as a whole. Slow, and only for the careful pass of a kernel.
+    weights float32, seen [M, N]; operand [N, D]. A row of the operand that is not finite becomes 0, and NaN the weight
+    of those that see it: their results are NaN as a whole. Slow, and only for the careful pass of a kernel.
     """
     finite = tl.abs(operand.to(tl.float32)) < float("inf")
     bad = tl.max((~finite).to(tl.int32), 1) == 1

@@ -92,14 +92,14 @@ def absorb_kernel(
     row_sum = of_head(row_sum, batch, head, sum_strides) + row.to(tl.int64) * sum_strides[2]
 
     numerator, total, peak = _sweep(
-        acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end, row < num_rows,
-        num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+        acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
+        row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
     if has_nan(numerator) & (full_begin - begin + end - full_end > 0):
         numerator, total, peak = _sweep(
-            acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end, row < num_rows,
-            num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+            acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
+            row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
         )  # fmt: skip
 
     peak, loss = _in_nats(peak)

@@ -30,7 +30,7 @@ class Triton:
     name = "triton"
     sets_threads = False
 
-    def __init__(self, configs: Callable[[tuple[int, int], int, int], Configs] = configs) -> None:
+    def __init__(self, configs: Callable[[tuple[int, int] | None, int, int], Configs] = configs) -> None:
         self._configs = configs
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
@@ -105,7 +105,7 @@ class Triton:
             )
 
     def _configs_for(self, q: Tensor) -> Configs:
-        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+        capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
         return self._configs(capability, _dims(q), q.dtype.itemsize)
 
 
@@ -158,11 +158,5 @@ def _visibility(visible: RowIntervals, device: torch.device) -> tuple[Any, Any, 
 def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:
     cpu = args[0].device.type == "cpu"
     with _interpreter_lock if cpu else torch.cuda.device(args[0].device):
-        kernel[(num_programs,)](
-            *args,
-            ROWS=config.rows,
-            KEYS=config.keys,
-            STAGES=config.stages,
-            num_warps=config.warps,
-            **numbers,
-        )
+        sizes = {"ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
+        kernel[(num_programs,)](*args, **sizes, **numbers, num_warps=config.warps)

@@ -1,0 +1,63 @@
+"""The Triton kernels compile for GPUs, with the configurations of the table, within what the GPUs have. No GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+# Of one block of threads, in KiB (CUDA programming guide, technical specifications per compute capability).
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+MODULE = Path(__file__).with_name("compiling.py")
+
+
+def needed(architecture, kernel, dtype, head_dim, *options):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, MODULE, *map(str, (architecture, kernel, dtype, head_dim)), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def check(architecture, kernel, dtype, head_dim, *options):
+    found = needed(architecture, kernel, dtype, head_dim, *options)
+    assert found["shared_bytes"] <= SHARED_KIB[architecture] << 10
+    whole = found["loops"][0]
+    assert (whole["tensor"] > 0) == (dtype != "f32"), "float32 is not rounded to tf32, other products use tensor cores"
+    if head_dim <= 128 and not options:
+        assert whole["spills"] <= whole["instructions"] // 100, found
+
+
+def test_the_forward_compiles_for_hopper_without_spills():
+    check(90, "forward", "bf16", 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(("architecture", "dtype"), [(80, "bf16"), (89, "bf16"), (90, "bf16"), (90, "f32")])
+def test_every_configuration_fits_its_architecture(architecture, dtype, head_dim, kernel):
+    check(architecture, kernel, dtype, head_dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("option", ["general", "strided"])
+def test_general_intervals_and_any_strides_compile(kernel, option):
+    check(90, kernel, "f16", 100, option)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [86, 100, 120])
+def test_other_architectures_compile(architecture):
+    check(architecture, "forward", "bf16", 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [1, 64, 256])
+def test_the_merge_compiles(head_dim):
+    assert needed(80, "merge", "bf16", head_dim)["shared_bytes"] == 0
