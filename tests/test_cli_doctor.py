@@ -5,6 +5,7 @@ import torch
 from command_line import CommandLine
 
 from ringspan.commands import doctor
+from ringspan.kernels import measured
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.reference import Reference
 
@@ -46,3 +47,26 @@ def test_doctor_ends_with_1_if_the_ring_is_wrong(ringspan, monkeypatch):
 
 def test_a_package_that_is_not_installed_is_told(monkeypatch):
     assert doctor._version("no-such-package-anywhere") == "(not installed)"
+
+
+def test_doctor_tells_what_gpus_would_use_and_by_what(ringspan, monkeypatch, tmp_path):
+    monkeypatch.setenv(measured.TABLE_VARIABLE, str(tmp_path / "gpu.json"))
+    monkeypatch.setattr(doctor, "find_spec", lambda name: object())
+    told = " ".join(ringspan("doctor").out.split())
+    assert "none is here; by compute capability" in told or "NVIDIA GPUs (here)" in told
+    assert "float64, or head_dim > 256 reference always" in told
+    assert "an estimate, until" in told
+    rows = [measured.Measurement((9, 0), "bfloat16", dim, 4096, {"triton": 2.0, "cudnn": 1.0}) for dim in (64, 128)]
+    measured.write(measured.table_path(), rows)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    told = " ".join(ringspan("doctor").out.split())
+    assert re.search(r"bfloat16 on 9.0, d 64 / 128 triton / triton .*measured: ", told)
+    assert "10.0" not in told
+
+
+def test_doctor_tells_that_without_triton_gpus_have_the_definition_only(ringspan, monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    told = " ".join(ringspan("doctor").out.split())
+    assert "all others reference triton is not installed, the definition serves, slowly" in told

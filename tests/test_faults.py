@@ -10,6 +10,7 @@ from processes import results, run_processes
 
 import ringspan
 from ringspan import run_local
+from ringspan.arguments import check_like, check_tensors
 
 
 def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0):
@@ -355,3 +356,17 @@ def test_keys_may_be_overwritten_as_soon_as_a_call_returns_in_threads(monkeypatc
     expected = torch.nn.functional.scaled_dot_product_attention(*full).chunk(3, 2)
     for mine, theirs in zip(run_local(work, 3), expected, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_tensors_of_one_rank_on_different_devices_are_refused_by_name(which):
+    tensors = [torch.zeros(1, 2, 4, 8) for _ in range(3)]
+    tensors[which] = tensors[which].to("meta")
+    with pytest.raises(TypeError, match=rf"must share one device.\n.*q: cpu, {'qkv'[which]}: meta"):
+        check_tensors(*tensors)
+
+
+def test_what_a_backward_is_given_must_be_on_the_device_of_q():
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(TypeError, match=r"lse and q must share one device.\n.*q: cpu, lse: meta"):
+        check_like("lse", torch.zeros(1, 2, 4, device="meta"), q[..., 0], any_dtype=True)

@@ -89,7 +89,13 @@ def check_tensor(name: str, x: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:
-    """Refuse x unless it has the shape, and the dtype, of another tensor."""
+    """Refuse x unless it has the shape, the device, and the dtype, of another tensor."""
+    if x.device != like.device:
+        raise ArgumentTypeError(
+            explain(
+                f"{name} and q must share one device.", got=f"q: {like.device}, {name}: {x.device}", fix="use .to()"
+            )
+        )
     if x.shape != like.shape or not (any_dtype or x.dtype == like.dtype):
         raise ArgumentError(
             explain(

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import numpy as np
@@ -188,17 +189,16 @@ class _Decided:
     problem: Problem
     queries: Layout
     keys: Layout
-    kernel: Kernel
+    kernel: Callable[[bool], Kernel]  # given whether one tile is all that this rank computes
     scale: float
     rank: int
 
     def job(self, travels: Travels, rides: bool, flipped: int, ring: Ring) -> execute.Job:
         schedule = ring_schedule(self.problem.mask, self.queries, self.keys, self.rank, travels, rides)
+        kernel = self.kernel(sum(len(step.tiles) for step in schedule.steps) == 1)
         q, k, v, do = (bool(flipped & bit) for bit in (_Q, _K, _V, _DO))
         wire = (k, v) if travels == "keys" else (q, do, False, False)
-        return execute.Job(
-            schedule, self.kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds
-        )
+        return execute.Job(schedule, kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds)
 
 
 def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor) -> _Decided:
@@ -207,7 +207,7 @@ def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Te
     problem = Problem(
         mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], q.element_size(), state_dtype(q.dtype).itemsize
     )
-    kernel = kernel_table.choose(options.kernel, q.dtype, q.device, q.shape[3])
+    kernel = partial(kernel_table.choose, options.kernel, q.dtype, q.device, q.shape[3])
     scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
     return _Decided(problem, queries, keys, kernel, scale, channel.rank)
 

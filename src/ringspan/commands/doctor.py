@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from ringspan.commands.asked import Asked, Exit
 from ringspan.commands.attend import num_cores
 from ringspan.commands.report import console
 from ringspan.commands.source import RandomSource
-from ringspan.kernels.table import KERNELS
+from ringspan.kernels import measured
+from ringspan.kernels.table import KERNELS, TRITON
+from ringspan.kernels.torch_cuda import LIBRARIES, serving
 from ringspan.transport import segments
 
 _HEAD_DIM = 64
@@ -29,7 +32,7 @@ _NUM_WORKERS, _NUM_TOKENS = 3, 301
 
 def run() -> Exit:
     out = console()
-    for table in (_machine(), _kernels(), _transports()):
+    for table in (_machine(), _kernels(), _on_gpus(), _transports()):
         out.print(table)
     error, bound = _small_ring()
     passed = error <= bound
@@ -89,6 +92,31 @@ def _kernels() -> Table:
         declined = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
         table.add_row(kernel.name, *(_mark(not reason) for reason in reasons), _mark(kernel.sets_threads), declined)
     return table
+
+
+def _on_gpus() -> Table:
+    """What kernel="auto" takes for CUDA tensors: on this machine's GPUs, or without one on the usual kinds."""
+    here = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    where = "here" if here else "none is here; by compute capability"
+    table = _table(f"kernel='auto' on NVIDIA GPUs ({where})", "tensors", "kernel", "when")
+    missing = None if find_spec("triton") else "triton is not installed, the definition serves, slowly"
+    general = KERNELS[-1].name
+    table.add_row("float64, or head_dim > 256", general, "always")
+    table.add_row("all others", general if missing else TRITON.name, missing or "but for these forward tiles:")
+    for capability in () if missing else sorted(here or {(8, 0), (9, 0), (10, 0)}):
+        table.add_row(*_only_tile(capability))
+    return table
+
+
+def _only_tile(capability: measured.Capability) -> tuple[str, str, str]:
+    """(tensors, kernel, when) for a full tile of 8,192 keys that is all its rows see."""
+    rows = measured.read(measured.table_path())
+    dims = (64, 128)
+    ways = [measured.decide(rows, capability, torch.bfloat16, dim, 8192, serving(LIBRARIES, dim)) for dim in dims]
+    known = any(m.capability == capability for m in rows)
+    told = f"measured: {measured.table_path()}" if known else "an estimate, until benchmarks/gpu.py --write-table"
+    name = ".".join(map(str, capability))
+    return f"bfloat16 on {name}, d 64 / 128", " / ".join(ways), f"one tile is all its rows see, and all of it ({told})"
 
 
 def _transports() -> Table:

@@ -8,22 +8,28 @@ from ringspan.errors import ArgumentError, UnsupportedError, explain
 from ringspan.kernels.contract import Kernel
 from ringspan.kernels.native import Native
 from ringspan.kernels.reference import Reference
+from ringspan.kernels.torch_cuda import TorchCuda
 from ringspan.kernels.torch_ops import TorchOps
 from ringspan.kernels.triton_kernel import Triton
 
-KERNELS: tuple[Kernel, ...] = (Native(), Triton(), TorchOps(), Reference())
+TRITON = Triton()
+KERNELS: tuple[Kernel, ...] = (Native(), TRITON, TorchOps(), Reference())
+# Asked first by "auto" where one tile is all that the call's rows see; merging what it returns would not be exact.
+FOR_AN_ONLY_TILE: tuple[Kernel, ...] = (TorchCuda(TRITON),)
 
 
 def names() -> tuple[str, ...]:
     return ("auto", *(kernel.name for kernel in KERNELS))
 
 
-def choose(name: str, dtype: torch.dtype, device: torch.device, head_dim: int) -> Kernel:
+def choose(name: str, dtype: torch.dtype, device: torch.device, head_dim: int, only_tile: bool = False) -> Kernel:
     """The kernel of that name, or for "auto" the first of the table that does not decline."""
     candidates = [kernel for kernel in KERNELS if name == kernel.name or (name == "auto" and _in_auto(kernel, device))]
     if not candidates:
         known = ", ".join(map(repr, names()))
         raise ArgumentError(explain("kernel is unknown.", got=repr(name), fix=f"one of {known}"))
+    if only_tile and name == "auto":
+        candidates = [*FOR_AN_ONLY_TILE, *candidates]
     reasons = []
     for kernel in candidates:
         reason = kernel.declines(dtype, device, head_dim)
