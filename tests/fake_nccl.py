@@ -77,7 +77,7 @@ class World:
             return
         receive.tensor.copy_(send.tensor)
         if self.recorder is not None:
-            clocks = [self.recorder.now(each.stream) | {} for each in (batch, other)]
+            clocks = [self.recorder.now(each.stream) for each in (batch, other)]
             for each in (batch, other):
                 self.recorder.follow(each.begin, each.stream)
                 for clock in clocks:
