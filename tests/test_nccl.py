@@ -292,7 +292,7 @@ def test_a_pass_holds_few_buffers_and_allocates_no_more_than_it_holds(nccl, monk
         tensors = allocate(spec)
         key = (this.rank, next(serial))
         alive.add(key)
-        weakref.finalize(tensors[0], alive.discard, key)
+        weakref.finalize(tensors[0].untyped_storage(), alive.discard, key)
         made.append((this.rank, this.phase))
         most[this.phase] = max(most[this.phase], sum(rank == this.rank for rank, _ in alive))
         return tensors
