@@ -64,6 +64,7 @@ class World:
                     break  # a later send to this peer must not overtake
         for queue in self.queues:
             if queue and not queue[0].open(SEND) + queue[0].open(RECEIVE):
+                queue[0].operations.clear()  # it holds its tensors no longer
                 queue.popleft().done = True
                 happened = True
         return happened
@@ -77,7 +78,7 @@ class World:
             return
         receive.tensor.copy_(send.tensor)
         if self.recorder is not None:
-            clocks = [self.recorder.now(each.stream) | {} for each in (batch, other)]
+            clocks = [self.recorder.now(each.stream) for each in (batch, other)]
             for each in (batch, other):
                 self.recorder.follow(each.begin, each.stream)
                 for clock in clocks:

@@ -1,7 +1,9 @@
 """The torch.distributed transport under NCCL's rules: the order of posting, simulated, and whole rings of threads."""
 
+import itertools
 import threading
 import time
+import weakref
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -279,28 +281,39 @@ def test_races_show_when_transfers_do_not_begin_after_the_poster_s_stream(nccl):
     assert any("NCCL" in race for race in races_of(CASES[0], follows=False))
 
 
-def test_a_pass_allocates_no_buffer_after_the_first_ones(nccl, monkeypatch):
-    made = []
+@pytest.mark.parametrize("tokens", [42, 45])
+def test_a_pass_holds_few_buffers_and_allocates_no_more_than_it_holds(nccl, monkeypatch, tokens):
+    """With shards of two lengths, those of the other length are let go: two shards and three gradients at most."""
+    num_ranks, made, alive = 7, [], set()
+    most = {"forward": 0, "backward": 0}
+    this = threading.local()
 
     def counted(spec):
-        made.append(spec)
-        return allocate(spec)
+        tensors = allocate(spec)
+        key = (this.rank, next(serial))
+        alive.add(key)
+        weakref.finalize(tensors[0].untyped_storage(), alive.discard, key)
+        made.append((this.rank, this.phase))
+        most[this.phase] = max(most[this.phase], sum(rank == this.rank for rank, _ in alive))
+        return tensors
 
+    serial = itertools.count()
     monkeypatch.setattr(torch_dist, "allocate", counted)
 
     def work(transport):
-        q = torch.randn(1, 2, 8, 4)
-        options = Options(kernel="reference")
+        this.rank, this.phase = transport.rank, "forward"
+        q = torch.randn(1, 2, len(range(transport.rank, tokens, num_ranks)), 4)
+        options = Options(kernel="reference", layout="striped")
         out, lse = call.forward(transport, q, q, q, options)
-        forward = len(made)
+        this.phase = "backward"
         call.backward(transport, q, None, (q, q, q, out, lse), options)
-        return forward
 
-    num_ranks = 7
     ranks(fake_nccl.World(num_ranks), work)
-    # Forward: the shard in use and the one that arrives. Backward: those, and gradients: one arriving, one in
-    # work, one leaving.
-    assert len(made) <= num_ranks * (2 + 2 + 3)
+    assert most["forward"] <= 2 and most["backward"] <= 5
+    again = 1 if tokens % num_ranks == 0 else 3  # a ring meets a run of the one length, and of the other, and back
+    for rank in range(num_ranks):
+        assert made.count((rank, "forward")) <= 2 * again
+        assert made.count((rank, "backward")) <= 5 * again
 
 
 def test_an_abort_of_nccl_names_the_rank_that_was_waited_for_and_the_first_that_failed(nccl):

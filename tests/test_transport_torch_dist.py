@@ -13,6 +13,7 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS
 from whole import Case, check, ring
 
 import ringspan
+from ringspan.transport import torch_dist
 from ringspan.transport.process_group import transport_of
 
 
@@ -119,6 +120,24 @@ def test_spmd_rings_run_side_by_side_on_one_process_group():
     found = results(run_processes(spmd, 4))
     for place, members in enumerate(((0, 3), (1, 2))):
         Spmd(50, 2, h=3, causal=True, striped=True, seed=place).check([found[rank] for rank in members])
+
+
+def buffers_of_a_call(rank):
+    """How many buffers a forward and a backward over gloo allocate."""
+    made = []
+    allocate = torch_dist.allocate
+    torch_dist.allocate = lambda spec: made.append(spec) or allocate(spec)
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    out = ringspan.ring_attention(q, q, q, transport="torch_dist")
+    forward = len(made)
+    out.sum().backward()
+    return forward, len(made) - forward
+
+
+def test_buffers_ping_pong():
+    """The shard in use and the one that arrives; in the backward gradients too, one arriving, in work and leaving."""
+    for forward, backward in results(run_processes(buffers_of_a_call, 5)):
+        assert forward == 2 and backward <= 2 + 3
 
 
 def many_calls(rank):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan import call, reshard
-from ringspan.arguments import check_tensor, documents_tensor, normalised_options
+from ringspan.arguments import check_alike, check_tensor, documents_tensor, normalised_options
 from ringspan.autograd import attend
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
@@ -97,6 +97,8 @@ def ring_attention(
     try:
         check_transport(name, transport)
         q, k, v = _autocast(q, k, v)
+        if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
+            check_alike(q, k, v)
         documents = documents_tensor(cu_seqlens)
         options = normalised_options(
             causal=causal,

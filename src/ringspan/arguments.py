@@ -45,13 +45,7 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ArgumentError(
                 explain(f"{name}'s elements must be aligned in memory.", got="a view at an odd address", fix=".clone()")
             )
-    for name in ("k", "v"):
-        for what in ("dtype", "device"):
-            mine, wanted = getattr(named[name], what), getattr(q, what)
-            if mine != wanted:
-                raise ArgumentTypeError(
-                    explain(f"q, k and v must share one {what}.", got=f"q: {wanted}, {name}: {mine}", fix="use .to()")
-                )
+    check_alike(q, k, v)
     if k.shape != v.shape:
         raise ArgumentError(explain("k and v must have one shape [B, K, S, D].", got=f"k: {_shape(k)}, v: {_shape(v)}"))
     for axis, what in ((0, "batch size"), (3, "head_dim")):
@@ -64,6 +58,17 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 got=f"q: {q.shape[1]} heads, k: {k.shape[1]} heads",
             )
         )
+
+
+def check_alike(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse tensors of several dtypes or on several devices."""
+    for name, x in (("k", k), ("v", v)):
+        for what in ("dtype", "device"):
+            mine, wanted = getattr(x, what), getattr(q, what)
+            if mine != wanted:
+                raise ArgumentTypeError(
+                    explain(f"q, k and v must share one {what}.", got=f"q: {wanted}, {name}: {mine}", fix="use .to()")
+                )
 
 
 def check_tensor(name: str, x: Tensor) -> None:

@@ -54,9 +54,9 @@ def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tupl
     clock.handed_out()
     with channel.computing():
         for step in job.schedule.steps:
+            k, v = traffic.visiting()  # first, or the shard before would still be held when one is allocated
             arriving = traffic.post_shards(step)
             clock.posted()
-            k, v = traffic.visiting()
             for tile in step.tiles:
                 rows, keys = tile.rows, tile.columns
                 job.kernel.absorb(
@@ -87,18 +87,14 @@ def backward(
     clock.handed_out()
     with channel.computing():
         for step in job.schedule.steps:
+            visiting = traffic.visiting()
+            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
             arriving, riding = traffic.post_step(step, home)
             clock.posted()
-            visiting = traffic.visiting()
             part = traffic.begin_part(home) if step.index and step.tiles else home
-            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
             rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
             for tile in step.tiles:
-                q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
-                k, v = (x[:, :, tile.columns] for x in keys)
-                (dq,) = (x[:, :, tile.rows] for x in rows_part)
-                dk, dv = (x[:, :, tile.columns] for x in keys_part)
-                job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
+                _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
             clock.computed()
             traffic.receive_rides(step, riding, part, home)
             traffic.send_ride(step)
@@ -107,6 +103,16 @@ def backward(
     traffic.finish()
     (dq,), (dk, dv) = rows_out, keys_out
     return dq, dk, dv
+
+
+def _absorb_gradient(
+    job: Job, tile: Tile, rows: Tensors, keys: Tensors, rows_part: Tensors, keys_part: Tensors
+) -> None:
+    q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
+    k, v = (x[:, :, tile.columns] for x in keys)
+    (dq,) = (x[:, :, tile.rows] for x in rows_part)
+    dk, dv = (x[:, :, tile.columns] for x in keys_part)
+    job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

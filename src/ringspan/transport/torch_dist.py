@@ -56,6 +56,7 @@ class TorchDistTransport(Transport):
         self.rank = group.rank()
         self.size = group.size()
         self._has_gloo = _gloo_of(group) is not None
+        self._backends: dict[str, str | None] = {}  # by device type
         self._met = False  # on the accelerator
         self.timeout_s = _timeout_s(group)
         self._bulletin = _Bulletin(group)
@@ -100,18 +101,24 @@ class TorchDistTransport(Transport):
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
         in_order = self.runs_in_order(device_type)
-        if in_order and _backend_name(self.group, device_type) == "gloo":
-            raise UnsupportedError(
-                explain(
-                    f"gloo cannot send tensors that are on {device_type}.",
-                    got="a process group without another backend for them",
-                    fix='torch.distributed.init_process_group("cpu:gloo,cuda:nccl")',
-                )
-            )
+        self._check_backend(device_type)
         if in_order and not self._met:
             # NCCL's first operation on a group must be one of all ranks; the agreement may have gone through gloo.
             self._gather(call, b"\0", on_cpu=False)
         return _DistChannel(self, call, tuple(members), in_order)
+
+    def _check_backend(self, device_type: str) -> None:
+        if device_type not in self._backends:
+            self._backends[device_type] = _backend_name(self.group, device_type)
+        backend = self._backends[device_type]
+        if backend is None or (backend == "gloo" and device_type != "cpu"):
+            raise UnsupportedError(
+                explain(
+                    f"this process group cannot send tensors that are on {device_type}.",
+                    got=f"it has {backend or 'no backend'} for them",
+                    fix='torch.distributed.init_process_group("cpu:gloo,cuda:nccl")',
+                )
+            )
 
     def runs_in_order(self, device_type: str) -> bool:
         """Whether transfers go by NCCL, not gloo."""

@@ -1,0 +1,152 @@
+"""What a call with CUDA tensors does before and around its kernels, told without a GPU: capture, graphs, refusals."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from processes import results, run_processes
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ringspan
+from ringspan import call, run_local
+from ringspan.agreement import Terms
+from ringspan.errors import ArgumentError
+from ringspan.transport.contract import Transport
+
+
+class Recording(Transport):
+    """Rank 0 of two; notes what is exchanged. The other rank has the same terms, and `length` keys."""
+
+    rank, size, capturable = 0, 2, True
+
+    def __init__(self, length=8):
+        self.length, self.num_exchanges = length, 0
+
+    def begin_call(self):
+        return 1
+
+    def agree(self, call, message):
+        self.num_exchanges += 1
+        theirs = bytearray(message)
+        theirs[24:32] = self.length.to_bytes(8, "little")
+        return [message, bytes(theirs)]
+
+    def channel(self, call, members, via="auto", device_type="cpu"):
+        return SimpleNamespace(size=2)
+
+    def fail(self, error):
+        raise AssertionError
+
+
+def begin(transport, layout="zigzag", error=None, agreement=True):
+    def check():
+        if error is not None:
+            raise error
+        return Terms({"layout": layout}, 8, 8, device_type="cuda")
+
+    return call.begin(transport, check, agreement)[1]
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """A switch: whether a CUDA graph is being captured."""
+    switch = SimpleNamespace(on=False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: switch.on)
+    return switch
+
+
+def test_a_captured_call_exchanges_nothing_and_has_the_agreement_of_the_call_before(capturing):
+    transport = Recording(length=5)
+    warm = begin(transport)
+    capturing.on = True
+    assert begin(transport) == warm and warm.key_lengths == (8, 5)
+    assert transport.num_exchanges == 1
+    with pytest.raises(ArgumentError, match="no good"):
+        begin(transport, error=ArgumentError("no good"))
+
+
+def test_a_call_that_was_not_made_before_its_capture_is_refused(capturing):
+    transport = Recording()
+    begin(transport, "striped")
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match=r"no call with these arguments(.|\n)*once.*before the capture"):
+        begin(transport)
+    begin(transport, agreement=False)
+
+
+def test_a_capture_is_refused_where_calls_alike_met_other_lengths_elsewhere(capturing):
+    transport = Recording(length=5)
+    begin(transport)
+    transport.length = 6
+    begin(transport)
+    begin(transport)
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match="different lengths or memory layouts on other ranks"):
+        begin(transport)
+
+
+def test_few_agreements_are_kept(capturing):
+    transport = Recording()
+    for place in range(100):
+        begin(transport, f"layout {place}")
+    capturing.on = True
+    begin(transport, "layout 99")
+    with pytest.raises(NotImplementedError, match="no call"):
+        begin(transport, "layout 0")
+
+
+def test_a_ring_of_threads_is_not_captured(capturing):
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match="ring of threads cannot be captured"):
+        run_local(lambda group: begin(group.transport), 2, timeout=30)
+
+
+def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(2, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+        out, lse = ringspan.ring_attention(q, k, v, causal=True, return_lse=True)
+        options = (None, "alone", "zigzag", -1, 0, None, "auto", "auto", True, "qkv")
+        grads = torch.ops.ringspan.attend_backward(out, None, q, k, v, out, lse, *options)
+    assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
+    assert [x.dtype for x in (out, lse, *grads)] == [q.dtype, torch.float32, q.dtype, q.dtype, q.dtype]
+    assert {x.device for x in (out, lse, *grads)} == {torch.device("cuda", 0)}
+    assert all(x.is_contiguous() for x in (out, lse, *grads))
+
+
+def test_a_compiled_call_on_cuda_is_one_operation_of_a_graph():
+    seen = []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def fn(q, k, v):
+        return ringspan.ring_attention(q, k, v, causal=True) * 2
+
+    with FakeTensorMode(), torch.no_grad():
+        q = torch.empty(2, 4, 64, 32, device="cuda", dtype=torch.bfloat16)
+        out = torch.compile(fn, fullgraph=True, backend=backend)(q, q, q)
+    assert out.device.type == "cuda"
+    assert seen == ["ringspan.attend.default", "<built-in function getitem>", "<built-in function mul>"]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+def test_tensors_on_several_devices_are_refused(place):
+    tensors = [torch.zeros(1, 1, 4, 4) for _ in range(3)]
+    tensors[place] = tensors[place].to("meta")
+    with pytest.raises(TypeError, match=f"share one device(.|\n)*q: cpu, {'qkv'[place]}: meta"):
+        ringspan.ring_attention(*tensors)
+
+
+def refused_by_gloo(rank):
+    import torch.distributed as dist
+
+    from ringspan.transport.process_group import transport_of
+
+    transport = transport_of(dist.group.WORLD).torch_dist
+    with pytest.raises(NotImplementedError, match=r"cannot send tensors that are on cuda(.|\n)*gloo(.|\n)*cuda:nccl"):
+        transport.channel(transport.begin_call(), range(2), device_type="cuda")
+
+
+def test_a_group_without_nccl_refuses_cuda_tensors():
+    results(run_processes(refused_by_gloo, 2))
