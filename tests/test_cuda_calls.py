@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ringspan
 from ringspan import call, run_local
 from ringspan.agreement import Terms
-from ringspan.errors import ArgumentError
+from ringspan.errors import ArgumentError, UnsupportedError
+from ringspan.kernels.triton_kernel import _visibility
+from ringspan.tile import Band, RowIntervals
 from ringspan.transport.contract import Transport
 
 
@@ -150,3 +152,12 @@ def refused_by_gloo(rank):
 
 def test_a_group_without_nccl_refuses_cuda_tensors():
     results(run_processes(refused_by_gloo, 2))
+
+
+def test_a_mask_whose_copy_a_graph_would_not_repeat_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    bounds = torch.tensor([0, 2]).numpy()
+    with pytest.raises(UnsupportedError, match="cannot be captured"):
+        _visibility(RowIntervals(2, 3, None, bounds, bounds + 1), torch.device("cuda"))
+    with FakeTensorMode():
+        assert _visibility(RowIntervals(2, 3, Band(upper=1)), torch.device("cuda"))[3]["BAND"]

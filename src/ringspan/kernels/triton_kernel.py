@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ringspan.errors import UnsupportedError, explain
 from ringspan.kernels.triton_configs import Config, Configs, configs
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
@@ -147,6 +148,14 @@ def _visibility(visible: RowIntervals, device: torch.device) -> tuple[Any, Any, 
         lower, upper = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
         none = torch.empty(0, dtype=torch.int32, device=device)
         return none, none, (0, 0, 0), rule | {"lower": lower, "upper": upper}
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            explain(
+                "this mask cannot be captured into a CUDA graph.",
+                got="rows that see other than a diagonal band: the copy of their intervals to the GPU is not repeated",
+                fix="capture calls without cu_seqlens and bounds, or run this one outside of the graph",
+            )
+        )
     both = torch.from_numpy(np.stack(visible.arrays()).astype(np.int32))
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the host for it
         both = both.pin_memory().to(device, non_blocking=True)
