@@ -37,7 +37,7 @@ class TestTriton(KernelBehaviour):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
     rounds_weights = True
-    one_in = 23
+    one_in = 47
 
     @pytest.mark.slow
     def test_it_is_exact_for_whatever_comes(self):
@@ -76,9 +76,8 @@ FAST = {("wide", "window"), ("wide", "any intervals of each head"), ("tall", "di
 )
 def test_blocks_of_any_shape_find_the_same_pairs(blocks, kind):
     """With many small blocks most are whole or skipped, which the large ones of the interpreter never are."""
-    tile = make_tile(VISIBLE[kind](70, 90), heads=2, dim=16)
-    if tile.visible.lo is not None and tile.visible.lo.ndim == 3:
-        tile = tile._replace(visible=tile.visible.heads(slice(0, 1), slice(0, 2)))
+    tile = make_tile(VISIBLE[kind](70, 90), heads=4, kv_heads=2, dim=16)
+    tile = tile._replace(visible=tile.visible.heads(slice(0, 1), slice(0, 4)))
     out, lse = forward(Reference(), tile)
     for mine, exact in zip(forward(SMALL[blocks], tile), (out, lse), strict=True):
         torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)

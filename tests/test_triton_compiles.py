@@ -30,7 +30,7 @@ def check(architecture, kernel, dtype, head_dim, *options):
     assert (whole["tensor"] > 0) == (dtype != "f32"), "float32 is not rounded to tf32, other products use tensor cores"
     if head_dim <= 128 and not options:
         # Without tensor cores the operands are in registers too: float32 with 128 dims has more than fit.
-        assert whole["spills"] <= whole["instructions"] * (0.1 if dtype == "f32" else 0.01), found
+        assert whole["spills"] <= whole["instructions"] * (0.125 if dtype == "f32" else 0.01), found
 
 
 def test_the_forward_compiles_for_hopper_without_spills():
