@@ -94,7 +94,9 @@ def chart(records: Sequence[Record], file: Path) -> None:
     for panel, record in zip(panels.flat, cells, strict=False):
         _panel(panel, record, names)
     panels[0][0].invert_yaxis()
-    figure.suptitle("Speed against torch's attention\nin one process with all cores\n(hatched: wrong result)", fontsize=10)
+    figure.suptitle(
+        "Speed against torch's attention\nin one process with all cores\n(hatched: wrong result)", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(file, dpi=90)
     plt.close(figure)
