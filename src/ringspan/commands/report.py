@@ -173,8 +173,12 @@ def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
     peaks = sorted(one.peak_bytes for one in spent if one.peak_bytes is not None)
     if not peaks:
         return "not measured" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs, all workers together"
-    shards, state, scratch = _mib(2 * _kv_bytes(job)), _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
-    parts = f"2 K/V shards {shards}, state and out {state}, scratch <= {scratch}"
+    state, scratch = _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
+    if job.num_workers == 1 or any(one.flight_s for one in spent):
+        shards = f"2 K/V shards {_mib(2 * _kv_bytes(job))}"
+    else:  # mapped pages count for every process that maps them
+        shards = f"{job.num_workers} K/V shards, one copy for all, {_mib(job.num_workers * _kv_bytes(job))}"
+    parts = f"{shards}, state and out {state}, scratch <= {scratch}"
     return f"{_spread([_mib(peak) for peak in peaks])} MiB beyond inputs ({parts})"
 
 
