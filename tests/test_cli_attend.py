@@ -71,8 +71,22 @@ def test_a_trace_and_the_hidden_share_of_transfers_are_told(tmp_path):
     ended = command("attend", path, "--workers", 3)
     assert re.search(r"transfers +│ none: shards are read in place", ended.out)
     assert "(3 K/V shards, one copy for all" in ended.out or sys.platform != "linux"
-    ended = command("attend", path, "--trace", tmp_path / "no folder" / "trace.json")
-    assert ended.status == 2 and "--trace cannot be written" in ended.err
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work_and_destroys_nothing(tmp_path, ringspan):
+    path, out = write_input(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
+    before = path.read_bytes()
+    for file, told in (
+        (tmp_path / "no folder" / "trace.json", "--trace cannot be written"),
+        (tmp_path, "it is a folder"),
+        (path, "--trace is INPUT itself"),
+        (out, "--trace and --out are one file"),
+    ):
+        ended = ringspan("attend", path, "--transport", "local", "--out", out, "--trace", file)
+        assert ended.status == 2 and told in ended.err
+    assert path.read_bytes() == before and set(tmp_path.iterdir()) == {path}
+    ended = ringspan("attend", path, "--transport", "local", "--kernel", "nonesuch", "--trace", tmp_path / "trace.json")
+    assert ended.status == 2 and set(tmp_path.iterdir()) == {path}
 
 
 def test_torchrun_uses_the_group_that_it_made(tmp_path):

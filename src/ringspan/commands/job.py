@@ -97,21 +97,27 @@ def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: P
 def refuse_unwritable(job: Job) -> None:
     """For the process that will write: find out before the work."""
     if job.trace is not None:
-        try:
-            job.trace.touch()
-        except OSError as error:
-            raise unwritable("--trace", job.trace, error) from None
-    if job.out is None or job.part is None:
-        return
+        if job.out is not None and job.trace.resolve() == job.out.resolve():
+            raise ArgumentError(explain("--trace and --out are one file.", got=str(job.trace), fix="another name"))
+        _try_to_write(job, "--trace", job.trace, job.trace)
+    if job.out is not None and job.part is not None:
+        _try_to_write(job, "--out", job.out, job.part)
+
+
+def _try_to_write(job: Job, option: str, path: Path, first: Path) -> None:
+    """first: the file that is written before it gets the name path, or path itself. Leaves everything as it was."""
     try:
-        if isinstance(job.source, FileSource) and job.out.exists() and job.out.samefile(job.source.path):
-            raise ArgumentError(explain("--out is INPUT itself.", got=str(job.out), fix="another name"))
-        if job.out.is_dir():
+        if isinstance(job.source, FileSource) and path.exists() and path.samefile(job.source.path):
+            raise ArgumentError(explain(f"{option} is INPUT itself.", got=str(path), fix="another name"))
+        if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        job.part.touch(exist_ok=False)
-        job.part.unlink()
+        was_there = first.exists()
+        with first.open("ab"):
+            pass
+        if not was_there:
+            first.unlink()
     except OSError as error:
-        raise unwritable("--out", job.out, error) from None
+        raise unwritable(option, path, error) from None
 
 
 def unwritable(option: str, path: Path, error: Exception) -> ArgumentError:

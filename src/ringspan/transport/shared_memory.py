@@ -163,10 +163,9 @@ class SharedMemoryTransport(Transport):
         if not self._told and self._failed_first is None:  # else everybody knows
             self._told = True
             reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
+            record = Record(_FAILED, self.rank, self._call, reason)
             for link in self.links.values():
-                link.send(
-                    Record(_FAILED, self.rank, self._call, reason)
-                )  # one whose pipe is full wakes by its own bound
+                link.send(record)  # one whose pipe is full wakes by its own bound
         self._beside.fail(error)  # last: a store whose host is gone may take its time
 
     def tell(self, rank: int, call: int, note: bytes) -> None:
