@@ -25,9 +25,9 @@ static int64_t keys_spanned(const Mask& mask, const Sizes& sizes, int64_t b, int
     return std::max<int64_t>(end - begin, 0);
 }
 
-// Work items share out the tiles evenly; few tiles make smaller items, so that there is something to share.
-static int64_t tiles_per_item(int64_t most, int64_t tiles_per_head, int64_t num_heads) {
-    const int64_t limit = std::clamp<int64_t>(tiles_per_head * num_heads / 16, 1, most);
+// Work items share out the tiles evenly; few tiles make smaller items, so that there are least_items to share.
+static int64_t tiles_per_item(int64_t most, int64_t tiles_per_head, int64_t num_heads, int64_t least_items) {
+    const int64_t limit = std::clamp<int64_t>(tiles_per_head * num_heads / least_items, 1, most);
     const int64_t num_items = (tiles_per_head + limit - 1) / limit;
     return (tiles_per_head + num_items - 1) / num_items;
 }
@@ -38,14 +38,16 @@ static bool is_made_of_pairs(const Input& x) {
            x.stride[2] % 2 == 0 && x.stride[3] == 1;
 }
 
-static bool pairs_are_possible(const Kernels& isa, const Sizes& sizes) { return isa.has_pairs && sizes.dim % 2 == 0 && has_bfloat16_dots(); }
+static bool pairs_are_possible(const Kernels& isa, const Sizes& sizes) { return sizes.dim % 2 == 0 && isa.has_pairs(); }
 
 // The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
-static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels& isa) {
+// What a tile computes does not depend on the item that it is in, and so the items may depend on the number of threads.
+static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels& isa, int num_threads) {
     const Sizes& sizes = call.sizes;
     const int64_t rows = isa.rows_per_tile, group = sizes.group();
     const int64_t num_tiles = (sizes.queries + rows - 1) / rows * group;
-    const int64_t step = tiles_per_item(isa.query_tiles_per_item, num_tiles, sizes.batch * sizes.kv_heads);
+    const int64_t least_items = num_threads > 1 ? std::min(2 * num_threads, 16) : 1;
+    const int64_t step = tiles_per_item(isa.query_tiles_per_item, num_tiles, sizes.batch * sizes.kv_heads, least_items);
     std::vector<std::pair<int64_t, AbsorbItem>> weighed;
     for (int64_t b = 0; b < sizes.batch; ++b) {
         for (int64_t kv = 0; kv < sizes.kv_heads; ++kv) {
@@ -74,7 +76,7 @@ void absorb(const AbsorbCall& given, int num_threads) {
         const AbsorbCall& call;
         const Kernels& isa;
         std::vector<AbsorbItem> items;
-    } context{call, kernels(), plan_absorb(call, kernels())};
+    } context{call, kernels(), plan_absorb(call, kernels(), num_threads)};
     const Work work = [](void* pointer, int64_t i, void* scratch) {
         const auto& c = *static_cast<Context*>(pointer);
         c.isa.absorb_item(c.call, c.items[i], scratch);
@@ -115,7 +117,7 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
     call.bfloat16_pairs = pairs_are_possible(isa, sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
                           is_made_of_pairs(call.dout);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
-    const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads) * rows;
+    const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads, 16) * rows;
     const int64_t items_per_head = (sizes.keys + step - 1) / step;
     const int64_t num_steps = (sizes.queries + isa.queries_per_step - 1) / isa.queries_per_step * sizes.group();
     struct Context {

@@ -90,7 +90,7 @@ static void pack_keys(const GradientCall& call, const GradientItem& item, Gradie
         memset(tile.dk, 0, padded_dim * kRows * sizeof(float));
         memset(tile.dv, 0, padded_dim * kRows * sizeof(float));
     }
-    pack_rows(k, item.first_key, num_keys, dim, nullptr, kItemKeys, scratch.key_rows);
+    pack_rows(k, item.first_key, num_keys, dim, nullptr, kItemKeys, kItemKeys, scratch.key_rows);
 }
 
 // Which keys the block's rows see. A row with lse = -inf has seen nothing in the forward.
@@ -136,8 +136,8 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
             pack_columns(dout, row, rows, dim, block.factors + first, kPanel, block.dout_columns + first * dim);
         }
     }
-    block.finite &= pack_rows(q, block.first_row, num_rows, dim, nullptr, kQueryBlock, block.query_rows);
-    block.finite &= pack_rows(dout, block.first_row, num_rows, dim, block.factors, kQueryBlock, block.dout_rows);
+    block.finite &= pack_rows(q, block.first_row, num_rows, dim, nullptr, kQueryBlock, kQueryBlock, block.query_rows);
+    block.finite &= pack_rows(dout, block.first_row, num_rows, dim, block.factors, kQueryBlock, kQueryBlock, block.dout_rows);
 }
 
 // out[key][query] = start[query] + sum over dimensions of rows[d][key] * columns[d][query]
@@ -237,8 +237,8 @@ static void add_to_keys(GradientScratch& scratch, int number, int first, int las
     const int dim_panels = round_up(dim, kPanel) / kPanel;
     const float* ds = scratch.ds + number * kRows * kPanel;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kQueryBlock * kPanel, first, last, dim_panels);
-        add_weighted<kR>(tile.dk, ds, kItemKeys * kPanel, block.query_rows, kQueryBlock * kPanel, first, last, dim_panels);
+        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kQueryBlock * kPanel, first, last, kPanel, dim_panels);
+        add_weighted<kR>(tile.dk, ds, kItemKeys * kPanel, block.query_rows, kQueryBlock * kPanel, first, last, kPanel, dim_panels);
     });
 }
 

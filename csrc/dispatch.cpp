@@ -18,15 +18,10 @@ static std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #endif
     found.push_back(&baseline::kernels);
-    return found;
-}
-
-bool has_bfloat16_dots() {
-#ifdef RINGSPAN_HAS_X86_KERNELS
-    return __builtin_cpu_supports("avx512bf16") != 0;
-#else
-    return false;
+#ifdef RINGSPAN_HAS_AVX512_SHAPE
+    found.push_back(&avx512_shape::kernels);
 #endif
+    return found;
 }
 
 std::vector<std::string> available_isas() {

@@ -15,8 +15,4 @@ std::vector<std::string> available_isas();
 // Throws std::invalid_argument if that one is unknown or not available.
 const Kernels& kernels();
 
-// Whether this processor has dot products of bfloat16 pairs (AVX512_BF16), which are exact products summed in float32 at up to
-// twice the rate of float32's.
-bool has_bfloat16_dots();
-
 }  // namespace ringspan

@@ -9,7 +9,8 @@
 
 namespace ringspan::RINGSPAN_ISA {
 
-constexpr int kQueryTilesPerItem = 224 / kRows;  // queries that share one packing of the keys: packing costs about 1 % then
+// Queries that share one packing of the keys. Its tiles need not stay in L2: they are read one after the other.
+constexpr int kQueryTilesPerItem = kQueriesPerItem / kRows;
 constexpr int kKeyBlock = 128;
 
 // Scores within +-kSafeScore need no look at their maximum: 2^60 a weight overflows no sum, and below a reference of 0 the
@@ -34,10 +35,11 @@ struct Tile {
     float* sums;             // [kRows][kLanes], to be added up
 };
 
+// Facts are kept by panel: what a tile makes of a block must not depend on the other tiles of its work item.
 struct KeyBlock {
     int32_t begin, end;
-    float largest_key;  // squared length
-    bool finite_values;
+    float largest_key[kKeyBlock / kPanel];  // squared length
+    bool finite_values[kKeyBlock / kPanel];
     float* keys;    // [key panel][dim][kPanel], or pairs, [key panel][dim / 2][kPanel]
     float* values;  // [dimension panel][kKeyBlock][kPanel]
 };
@@ -67,6 +69,16 @@ static size_t absorb_scratch_bytes(int64_t dim) {
     return lay_out(scratch, nullptr, dim).used * sizeof(float);
 }
 
+// to = from * factor, up to kPanel numbers
+RINGSPAN_INLINE void scale_run(const float* from, float factor, int64_t count, float* to) {
+    if (count >= kPanel) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, load(from + v * kLanes) * all(factor));
+    } else {
+        for (int64_t i = 0; i < count; ++i) to[i] = from[i] * factor;
+    }
+}
+
 static void load_state(const AbsorbCall& call, int64_t b, Tile& tile) {
     const int64_t dim = call.sizes.dim, padded_dim = round_up(dim, kPanel);
     memset(tile.acc, 0, padded_dim * kRows * sizeof(float));
@@ -85,10 +97,7 @@ static void load_state(const AbsorbCall& call, int64_t b, Tile& tile) {
         const float factor = exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
         tile.sums[r * kLanes] = call.row_sum.at(b, tile.head, t) * factor;
         const float* acc = call.acc.row(b, tile.head, t);
-        for (int64_t d = 0; d < dim; d += kPanel) {
-            float* panel = tile.acc + d * kRows + r * kPanel;
-            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) panel[i] = acc[d + i] * factor;
-        }
+        for (int64_t d = 0; d < dim; d += kPanel) scale_run(acc + d, factor, dim - d, tile.acc + d * kRows + r * kPanel);
     }
 }
 
@@ -106,10 +115,7 @@ static void store_state(const AbsorbCall& call, int64_t b, const Tile& tile) {
         call.row_max.at(b, tile.head, t) = row_max;
         call.row_sum.at(b, tile.head, t) = sum * factor;
         float* acc = call.acc.row(b, tile.head, t);
-        for (int64_t d = 0; d < dim; d += kPanel) {
-            const float* panel = tile.acc + d * kRows + r * kPanel;
-            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) acc[d + i] = panel[i] * factor;
-        }
+        for (int64_t d = 0; d < dim; d += kPanel) scale_run(tile.acc + d * kRows + r * kPanel, factor, dim - d, acc + d);
     }
 }
 
@@ -135,17 +141,18 @@ static void start_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t n
     load_state(call, item.batch, tile);
 }
 
-static void pack_block(const AbsorbCall& call, const AbsorbItem& item, KeyBlock& block) {
-    const int64_t dim = call.sizes.dim, num_keys = block.end - block.begin;
+// Packs the panels that hold the keys begin .. end: all keys of these panels.
+static void pack_block(const AbsorbCall& call, const AbsorbItem& item, int32_t begin, int32_t end, KeyBlock& block) {
+    const int64_t dim = call.sizes.dim, num_keys = call.sizes.keys - block.begin;
     const int64_t steps = call.bfloat16_pairs ? dim / 2 : dim;
     const Tokens packed_k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
     const Tokens k = call.bfloat16_pairs ? as_pairs(packed_k) : packed_k;
-    block.largest_key = 0;
-    for (int first = 0; first < num_keys; first += kPanel) {
-        const float norm = pack_columns(k, block.begin + first, num_keys - first, steps, nullptr, kPanel, block.keys + first * steps);
-        block.largest_key = norm > block.largest_key ? norm : block.largest_key;
+    for (int p = (begin - block.begin) / kPanel; p * kPanel < end - block.begin; ++p) {
+        const int first = p * kPanel;
+        const int64_t count = num_keys - first < kPanel ? num_keys - first : kPanel;
+        block.largest_key[p] = pack_columns(k, block.begin + first, count, steps, nullptr, kPanel, block.keys + first * steps);
+        block.finite_values[p] = pack_rows(v, block.begin + first, count, dim, nullptr, kKeyBlock, kPanel, block.values + first * kPanel);
     }
-    block.finite_values = pack_rows(v, block.begin, num_keys, dim, nullptr, kKeyBlock, block.values);
 }
 
 // Scores of keys that a row does not see become -inf, whatever they were.
@@ -278,7 +285,13 @@ static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& blo
     const int32_t end = tile.span.end < block.end ? tile.span.end : block.end;
     const int first = (begin - block.begin) / kPanel, last = (end - block.begin + kPanel - 1) / kPanel;
 
-    const bool safe = tile.largest_query * block.largest_key <= kSafeScore * kSafeScore;
+    float largest_key = 0;
+    bool finite_values = true;
+    for (int p = first; p < last; ++p) {
+        largest_key = block.largest_key[p] > largest_key ? block.largest_key[p] : largest_key;
+        finite_values &= block.finite_values[p];
+    }
+    const bool safe = tile.largest_query * largest_key <= kSafeScore * kSafeScore;
     if (safe && !tile.references_are_positive) make_references_positive(tile, block, dim);
     if (call.bfloat16_pairs) {
         compute_scores_of_pairs(tile, block, dim / 2, base_two_scale(call.scale), first, last, weights);
@@ -291,9 +304,11 @@ static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& blo
     }
     if (!safe) raise_references(tile, dim, first, last, weights);
     compute_weights(tile, first, last, weights);
-    if (!block.finite_values && !tile.span.sees_all(block.begin, block.end)) return add_visible_values(tile, block, dim, weights);
+    const int32_t packed_end = call.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(call.sizes.keys) : block.begin + last * kPanel;
+    if (!finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end)) return add_visible_values(tile, block, dim, weights);
+    const int last_tokens = end - block.begin - (last - 1) * kPanel;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kPanel, first, last, round_up(dim, kPanel) / kPanel);
+        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kPanel, first, last, last_tokens, round_up(dim, kPanel) / kPanel);
     });
 }
 
@@ -317,12 +332,19 @@ static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* me
         end = tile.span.end > end ? tile.span.end : end;
     }
     KeyBlock& block = scratch.block;
-    for (block.begin = begin / kPanel * kPanel; block.begin < end; block.begin += kKeyBlock) {
+    for (block.begin = begin / kKeyBlock * kKeyBlock; block.begin < end; block.begin += kKeyBlock) {
         block.end = end - block.begin < kKeyBlock ? end : block.begin + kKeyBlock;
-        bool seen = false;
-        for (int i = 0; i < num_tiles; ++i) seen |= scratch.tiles[i].span.sees(block.begin, block.end);
-        if (!seen) continue;
-        pack_block(call, item, block);
+        int32_t first = INT32_MAX, last = 0;  // what the tiles see of the block
+        for (int i = 0; i < num_tiles; ++i) {
+            const Span& span = scratch.tiles[i].span;
+            if (!span.sees(block.begin, block.end)) continue;
+            first = span.begin < first ? span.begin : first;
+            last = span.end > last ? span.end : last;
+        }
+        if (first >= last) continue;
+        first = first > block.begin ? first : block.begin;
+        last = last < block.end ? last : block.end;
+        pack_block(call, item, first, last, block);
         for (int i = 0; i < num_tiles; ++i) {
             prefetch_share(call, item, block.end, end, i, num_tiles);
             absorb_block(call, scratch.tiles[i], block, scratch.weights);

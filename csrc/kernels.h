@@ -27,7 +27,7 @@ struct GradientItem {
 
 struct Kernels {
     const char* name;
-    bool has_pairs;            // products of bfloat16 pairs are compiled in
+    bool (*has_pairs)();       // whether this processor has dot products of bfloat16 pairs
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item
@@ -45,6 +45,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx512_shape {  // of tests only
 extern const Kernels kernels;
 }
 

@@ -67,16 +67,18 @@ RINGSPAN_INLINE void with_rows(int rows, const Function& f) {
 }
 
 // out[dimension panel][row][:] += sum over tokens of weights[token panel][row][token] * values[dimension panel][token][:]
-// for the token panels first .. last. weights has weight_pitch floats a token panel, values value_pitch a dimension panel.
+// for the token panels first .. last; of the last panel, the first last_tokens tokens. weights has weight_pitch floats a token
+// panel, values value_pitch a dimension panel.
 // The products are added up from 0 and then to `out`: one long sum would lose a digit over some thousand tokens.
 template <int kR>
 static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
-                         int dim_panels) {
+                         int last_tokens, int dim_panels) {
+    const int whole = last_tokens < kPanel ? last - 1 : last;
     for (int d = 0; d < dim_panels; ++d) {
         Floats acc[kR][kVectors] = {};
-        for (int p = first; p < last; ++p) {
-            multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, values + d * value_pitch + p * kPanel * kPanel, kPanel);
-        }
+        const float* panels = values + d * value_pitch;
+        for (int p = first; p < whole; ++p) multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, panels + p * kPanel * kPanel, kPanel);
+        if (whole < last) multiply<kR, kPanel, 1>(acc, weights + whole * weight_pitch, panels + whole * kPanel * kPanel, last_tokens);
         add_block(out + d * kRows * kPanel, acc);
     }
 }

@@ -102,6 +102,13 @@ RINGSPAN_INLINE void read_square(Floats (&square)[kLanes], const Element* p, int
     if (have != order) transpose(square);
 }
 
+// The next kLanes dimensions, neighbours in memory, of up to kLanes tokens; zeros for missing tokens.
+template <class Element>
+RINGSPAN_INLINE void read_dims(Floats (&square)[kLanes], const Element* p, int64_t token_stride, int64_t num_tokens) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) square[i] = i < num_tokens ? widen(p + i * token_stride) : all(0);
+}
+
 // The largest of the numbers, none of which is negative; inf if any is NaN.
 static inline float largest_or_inf(Floats x) {
     float largest = 0;
@@ -115,16 +122,32 @@ static inline float largest_or_inf(Floats x) {
 template <class Element>
 static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int width, float* to) {
     const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
+    const int64_t token_stride = x.token_stride;
     float largest = 0;
     // A column's last store may run into the next column: columns follow in order, and the tokens from the last to the first.
     for (int t = (width - 1) / kLanes * kLanes; t >= 0; t -= kLanes) {
         Floats squares[2] = {};
-        for (int64_t d = 0; d < dim; d += kLanes) {
+        const Floats factor = factors ? load(factors + t) : all(1);
+        int64_t d = 0;
+        if (x.dim_stride == 1 && t < num_tokens) {
+            for (; d + kLanes <= dim; d += kLanes) {
+                Floats square[kLanes];
+                read_dims(square, from + t * token_stride + d, token_stride, num_tokens - t);
+                transpose(square);
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i) {
+                    const Floats column = factors ? square[i] * factor : square[i];
+                    squares[i % 2] = add_square(from, column, squares[i % 2]);
+                    store(to + (d + i) * width + t, column);
+                }
+            }
+        }
+        for (; d < dim; d += kLanes) {
             Floats square[kLanes];
             read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_dim);
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                const Floats column = factors ? square[i] * load(factors + t) : square[i];
+                const Floats column = factors ? square[i] * factor : square[i];
                 squares[i % 2] = add_square(from, column, squares[i % 2]);
                 if (d + i < dim) store(to + (d + i) * width + t, column);
             }
@@ -145,15 +168,32 @@ static float pack_columns(const Tokens& x, int64_t first, int64_t num_tokens, in
 }
 
 template <class Element>
-static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int room, float* to) {
+static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int pitch, int room, float* to) {
     const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
     const int padded_tokens = round_up(num_tokens, kPanel), padded_dim = round_up(dim, kPanel);
+    const int64_t token_stride = x.token_stride;
     Floats zeros[2] = {};
     for (int t = 0; t < padded_tokens && t < room; t += kLanes) {
-        for (int d = 0; d < padded_dim; d += kLanes) {
+        int d = 0;
+        if (x.dim_stride == 1 && num_tokens - t >= kLanes && t + kLanes <= room) {
+            for (; d + kPanel <= dim; d += kPanel) {
+                const Element* read = from + t * token_stride + d;
+                float* panel = to + d * pitch + t * kPanel;
+#pragma GCC unroll 16
+                for (int i = 0; i < kLanes; ++i, read += token_stride) {
+#pragma GCC unroll 4
+                    for (int v = 0; v < kVectors; ++v) {
+                        const Floats row = factors ? widen(read + v * kLanes) * all(factors[t + i]) : widen(read + v * kLanes);
+                        zeros[i % 2] = multiply_add(row, all(0), zeros[i % 2]);
+                        store(panel + i * kPanel + v * kLanes, row);
+                    }
+                }
+            }
+        }
+        for (; d < padded_dim; d += kLanes) {
             Floats square[kLanes];
             read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_token);
-            float* panel = to + (d / kPanel) * room * kPanel + d % kPanel;
+            float* panel = to + (d / kPanel) * pitch * kPanel + d % kPanel;
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
                 const Floats row = factors && t + i < room ? square[i] * all(factors[t + i]) : square[i];
@@ -165,12 +205,12 @@ static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int
     return sum_of(zeros[0] + zeros[1]) == 0;
 }
 
-// to[dimension panel][token][kPanel] with room for `room` tokens: the tokens, times a factor each if given. Missing dimensions
-// are zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
-static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int room, float* to) {
-    if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, factors, room, to);
-    if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, factors, room, to);
-    return pack_rows_of<float>(x, first, num_tokens, dim, factors, room, to);
+// to[dimension panel][token][kPanel], dimension panels `pitch` tokens apart, with room for `room` tokens: the tokens, times a
+// factor each if given. Missing dimensions are zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
+static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int pitch, int room, float* to) {
+    if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, factors, pitch, room, to);
+    if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, factors, pitch, room, to);
+    return pack_rows_of<float>(x, first, num_tokens, dim, factors, pitch, room, to);
 }
 
 // Asks for the memory of the tokens first .. last to be brought into L2.

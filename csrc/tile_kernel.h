@@ -21,7 +21,7 @@ namespace ringspan::RINGSPAN_ISA {
 
 const Kernels kernels = {
     RINGSPAN_NAME(RINGSPAN_ISA),
-    kHasPairs,
+    has_pairs,
     kRows,
     kQueryTilesPerItem,
     kKeyTilesPerItem,

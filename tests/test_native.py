@@ -298,6 +298,18 @@ def test_results_have_the_same_bits_whatever_the_number_of_threads(tile):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+@pytest.mark.parametrize("mask", [{}, {"upper": 1}, {"lower": -200, "upper": 1}, {"lower": 3, "upper": 150}], ids=str)
+def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread):
+    """More threads make smaller items. One long key sends its block another way, and one value is inf."""
+    tile = full_tile(1, 2, 1, 700, 650, 40, spread=spread, **mask)
+    tile.k[0, 0, 500] *= 50
+    tile.v[0, 0, 300, 7] = math.inf
+    one, *others = ([x.contiguous().view(torch.int32) for x in tile.forward(n)] for n in (1, 2, 3, 16, 64))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("row_max", [0.0, -3.7, 41.3, -5000.2, 12345.6, 1e6])
 def test_a_state_with_any_reference_takes_part_with_its_weight(row_max):
     tile = full_tile(1, 1, 1, 40, 50, 8)

@@ -1,20 +1,23 @@
-// Whatever the compiler targets by default: 4 floats in a register (SSE2, NEON), in compiler vectors and plain C++.
+// Compiler vectors and plain C++, for any number of lanes. The file that includes this says how many, and the shape of the
+// register block: RINGSPAN_LANES, RINGSPAN_VECTORS, RINGSPAN_ROWS, RINGSPAN_ROW_STEP, RINGSPAN_QUERIES_PER_ITEM, RINGSPAN_PAIRS.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
-namespace ringspan::baseline {
+namespace ringspan::RINGSPAN_ISA {
 
-constexpr int kLanes = 4;
-constexpr int kVectors = 2;  // 6 rows x 2 registers of the 16 that SSE2 has
-constexpr int kRows = 6;
-constexpr int kRowStep = 2;  // ragged tiles run with 2, 4, 6 rows
+constexpr int kLanes = RINGSPAN_LANES;
+constexpr int kVectors = RINGSPAN_VECTORS;
+constexpr int kRows = RINGSPAN_ROWS;
+constexpr int kRowStep = RINGSPAN_ROW_STEP;
+constexpr int kQueriesPerItem = RINGSPAN_QUERIES_PER_ITEM;
 
-constexpr bool kHasPairs = false;  // no dot product of bfloat16 pairs
+constexpr bool kHasPairs = RINGSPAN_PAIRS;  // dot products of bfloat16 pairs
+static inline bool has_pairs() { return kHasPairs; }
 
-typedef float Floats __attribute__((vector_size(16)));
-typedef int32_t Ints __attribute__((vector_size(16)));
+typedef float Floats __attribute__((vector_size(4 * RINGSPAN_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * RINGSPAN_LANES)));
 
 static inline Floats load(const float* p) {
     Floats v;
@@ -22,9 +25,16 @@ static inline Floats load(const float* p) {
     return v;
 }
 static inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-static inline Floats all(float x) { return Floats{x, x, x, x}; }
+static inline Floats all(float x) { return x - Floats{}; }  // -0 stays -0
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) { return all(*a) * b + c; }
+
+// c + the dot products of bfloat16 pairs.
+static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
+    const Ints x = (Ints)all(*a), y = (Ints)b;
+    const Ints high = Ints{} - 0x10000;
+    return (Floats)(x << 16) * (Floats)(y << 16) + (Floats)(x & high) * (Floats)(y & high) + c;
+}
 
 static inline float float_of(uint32_t bits) {
     float x;
@@ -41,11 +51,15 @@ static inline float float_of_float16(uint32_t half) {
 }
 
 static inline Floats widen_bfloat16(const uint16_t* p) {
-    return Floats{float_of(uint32_t{p[0]} << 16), float_of(uint32_t{p[1]} << 16), float_of(uint32_t{p[2]} << 16), float_of(uint32_t{p[3]} << 16)};
+    Floats v;
+    for (int i = 0; i < kLanes; ++i) v[i] = float_of(uint32_t{p[i]} << 16);
+    return v;
 }
 
 static inline Floats widen_float16(const uint16_t* p) {
-    return Floats{float_of_float16(p[0]), float_of_float16(p[1]), float_of_float16(p[2]), float_of_float16(p[3])};
+    Floats v;
+    for (int i = 0; i < kLanes; ++i) v[i] = float_of_float16(p[i]);
+    return v;
 }
 
 // condition ? x : y, lane by lane, for lanes of all ones or all zeros
@@ -56,7 +70,11 @@ static inline Floats where_inside(Ints key, Ints lo, Ints hi, Floats x, Floats y
 
 // The larger lane; where x is NaN, y.
 static inline Floats larger(Floats x, Floats y) { return where(x > y, x, y); }
-static inline bool any_above(Floats x, float limit) { return x[0] > limit || x[1] > limit || x[2] > limit || x[3] > limit; }
+static inline bool any_above(Floats x, float limit) {
+    bool found = false;
+    for (int i = 0; i < kLanes; ++i) found |= x[i] > limit;
+    return found;
+}
 
 // floor(x) within the range in which 2^floor(x) can be built from exponent bits: 2^-127 gives 0, 2^128 inf.
 static inline Ints floor_exponent(Floats x) {
@@ -76,7 +94,9 @@ static inline Floats times_power_of_two(Floats p, Floats x) { return p * (Floats
 static inline void transpose(Floats (&row)[kLanes]) {
     float copy[kLanes][kLanes];
     for (int i = 0; i < kLanes; ++i) store(copy[i], row[i]);
-    for (int i = 0; i < kLanes; ++i) row[i] = Floats{copy[0][i], copy[1][i], copy[2][i], copy[3][i]};
+    for (int i = 0; i < kLanes; ++i) {
+        for (int j = 0; j < kLanes; ++j) row[i][j] = copy[j][i];
+    }
 }
 
-}  // namespace ringspan::baseline
+}  // namespace ringspan::RINGSPAN_ISA
