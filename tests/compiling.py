@@ -56,10 +56,12 @@ def source(kernel, dtype: str, constants: dict, contiguous: bool) -> ASTSource:
 
 
 def compile_for(architecture: int, name: str, dtype: str, head_dim: int, band: bool = True, contiguous: bool = True):
-    dims = max(16, triton.next_power_of_2(head_dim))
+    dims = triton.next_power_of_2(head_dim)
     capability = divmod(architecture, 10)
-    config = Config(4096 // dims, 0, 4, 1)
-    if name != "merge":
+    if name == "merge":
+        config = Config(triton_merge._ELEMENTS // dims, 0, 4, 1)  # Triton's own number of warps
+    else:
+        dims = max(16, dims)
         config = getattr(configs(capability, dims, 4 if dtype == "f32" else 2), name)
     constants = {"HEAD_DIM": head_dim, "DIMS": dims, "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
     constants |= {"BAND": band, "FLIPPED": False}
@@ -107,5 +109,10 @@ if __name__ == "__main__":
     config, compiled = compile_for(
         int(architecture), name, dtype, int(head_dim), "general" not in options, "strided" not in options
     )
-    needed = {"config": config, "shared_bytes": compiled.metadata.shared, "loops": loops(compiled.asm["cubin"])}
+    needed = {
+        "config": config,
+        "warps": config.warps,
+        "shared_bytes": compiled.metadata.shared,
+        "loops": loops(compiled.asm["cubin"]),
+    }
     print(json.dumps(needed))
