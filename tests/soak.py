@@ -1,5 +1,7 @@
 """make soak: thousands of small calls in four processes, of mixed shapes, layouts and dtypes, forward and backward.
 
+Some keys lie in shared memory already, and some calls are not checked for agreement.
+
 Every result is checked against float64, and nothing may pile up: memory, open files, threads, segments. It is not
 a pytest file: its length is an argument, and it shows how far it is.
 """
@@ -39,6 +41,8 @@ def cases() -> list[Case]:
         if pick.random() < 0.25:
             cuts = sorted(pick.randint(0, tokens) for _ in range(3))
             options = options | {"cu_seqlens": [0, *cuts, tokens]}
+        if tokens % NUM_RANKS == 0 and pick.random() < 0.5:  # unchecked: all ranks must hold equally many tokens
+            options = options | {"agreement": False}
         if pick.random() < 0.3:
             options = options | {"transport": pick.choice(("shared_memory", "torch_dist"))}
         found.append(
@@ -48,10 +52,11 @@ def cases() -> list[Case]:
                 kv_heads,
                 pick.choice((8, 16, 40)),
                 batch=pick.choice((1, 2)),
-                dtype=pick.choice((torch.float32, torch.bfloat16, torch.float16)),
+                dtype=pick.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
                 layout=pick.choice(("contiguous", "striped", "zigzag")),
                 options=options,
                 seed=number,
+                shared=pick.random() < 0.3,
             )
         )
     return found

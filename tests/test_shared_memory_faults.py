@@ -166,7 +166,7 @@ def test_what_was_read_of_a_rank_that_failed_meanwhile_is_no_result():
     assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
 
 
-def interrupt(rank):
+def interrupt(rank, **refused):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ringspan.ring_attention(*shards(rank))
     store().set(f"done/{rank}", "")
@@ -177,7 +177,7 @@ def interrupt(rank):
         sleep = inbox.Inbox.sleep
         inbox.Inbox.sleep = lambda *args: (os.kill(os.getpid(), signal.SIGINT), sleep(*args))[1]
         with pytest.raises(KeyboardInterrupt):
-            ringspan.ring_attention(*shards(rank))
+            ringspan.ring_attention(*shards(rank), **refused)
         inbox.Inbox.sleep = sleep
         store().set("interrupted", "")
     try:
@@ -186,11 +186,77 @@ def interrupt(rank):
         return str(error)
 
 
-def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others():
-    first, *others = results(run_processes(interrupt, 3, group_timeout_s=600, limit_s=60))
+def interrupt_refusal(rank):
+    return interrupt(rank, layout="nonsense")
+
+
+@pytest.mark.parametrize("work", [interrupt, interrupt_refusal])
+def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others(work):
+    first, *others = results(run_processes(work, 3, group_timeout_s=600, limit_s=60))
     assert "this process group is done for" in first and "KeyboardInterrupt" in first
     for told in others:
         assert "rank 0 failed first: KeyboardInterrupt" in told
+
+
+def fail_towards_a_full_pipe(rank):
+    """Rank 0 fills rank 1's pipe and is interrupted while it waits for room, before rank 1 begins its call."""
+    ringspan.ring_attention(*shards(rank))
+    if rank == 0:
+        sleep, link = inbox.Inbox.sleep, transport_of(dist.group.WORLD).shared_memory.links[1]
+        while link.send(inbox.Record(0, 0, -1, bytes(inbox.LARGEST_BODY))):  # an agreement that nobody asks for
+            pass
+        inbox.Inbox.sleep = lambda *args: signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            ringspan.ring_attention(*shards(rank))
+        inbox.Inbox.sleep = sleep
+        store().set("failed", "")
+        store().wait(["told"])
+        return None
+    store().wait(["failed"])
+    with pytest.raises(ringspan.RankFailedError) as told:
+        ringspan.ring_attention(*shards(rank))
+    store().set("told", "")
+    return str(told.value)
+
+
+def test_a_failure_is_known_to_a_rank_whose_pipe_was_full():
+    _, told = results(run_processes(fail_towards_a_full_pipe, 2, group_timeout_s=600, limit_s=60))
+    assert "rank 0 failed first: KeyboardInterrupt" in told
+
+
+def leave_while_others_wait(rank):
+    group = dist.new_group([0, 1, 2])
+    ringspan.ring_attention(*shards(rank), group=group)
+    if rank == 0:
+        store().wait(["waits/1", "waits/2"])
+        dist.destroy_process_group(group)
+        del group
+        gc.collect()
+        store().wait(["told/1", "told/2"])
+        return None
+    sleep = inbox.Inbox.sleep
+    inbox.Inbox.sleep = lambda *args: (store().set(f"waits/{rank}", ""), sleep(*args))[1]
+    with pytest.raises(ringspan.RankFailedError) as told:
+        ringspan.ring_attention(*shards(rank), group=group)
+    store().set(f"told/{rank}", "")
+    return str(told.value)
+
+
+def test_a_rank_that_destroys_the_group_is_not_waited_for():
+    _, *others = results(run_processes(leave_while_others_wait, 3, group_timeout_s=600, limit_s=60))
+    for told in others:  # one notices, and the other may hear of it from there
+        assert "gave up waiting for rank 0 to begin call" in told and "the process group was destroyed there" in told
+
+
+def test_last_words_are_read_whole_or_not_at_all():
+    page = inbox.Page(segments.create(inbox.Page.SIZE))
+    page.nonce = 7
+    assert not page.said
+    record = inbox.Record(3, 1, 5, "zu spät".encode())
+    page.say(record)
+    assert page.said and page.nonce == 7 and page.read() == record
+    page._bytes[40] ^= 1
+    assert page.read() is None
 
 
 def wide_shards(rank):

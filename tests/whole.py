@@ -26,6 +26,7 @@ class Case:
     layout: str = "contiguous"
     options: dict = field(default_factory=dict)
     seed: int = 0
+    shared: bool = False  # keys and values lie in memory that other processes read
 
     def tensors(self) -> list[Tensor]:
         """q, k, v, do, dlse of the whole sequence."""
@@ -62,6 +63,8 @@ def ring(group, case: Case) -> dict[str, Tensor]:
     """Run by every rank: forward and backward on its shards; whole out, lse, dq, dk, dv on every rank."""
     place = dict(layout=case.layout, group=group)
     q, k, v, do, dlse = (ringspan.shard(x, 2, **place) for x in case.tensors())
+    if case.shared:
+        k, v = (ringspan.empty_shared(x.shape, dtype=x.dtype).copy_(x) for x in (k, v))
     for x in (q, k, v):
         x.requires_grad_()
     out, lse = ringspan.ring_attention(q, k, v, layout=case.layout, group=group, return_lse=True, **case.options)

@@ -73,7 +73,8 @@ def forward(
 
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
-        job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
+        with _interruption_told(transport):
+            job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
         with running(transport):
             return execute.forward(job, channel, q, k, v)
 
@@ -98,10 +99,11 @@ def backward(
 
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
-        decided = _decide(channel, agreed, options, q, k)
-        # Bounds belong to the queries of a rank, so with them it is the keys that travel.
-        travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
-        job = decided.job(travels, True, agreed.flipped, ring)
+        with _interruption_told(transport):
+            decided = _decide(channel, agreed, options, q, k)
+            # Bounds belong to the queries of a rank, so with them it is the keys that travel.
+            travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
+            job = decided.job(travels, True, agreed.flipped, ring)
         with running(transport):
             dtype = state_dtype(q.dtype)
             delta = (do.to(dtype) * out).sum(-1)
@@ -128,16 +130,23 @@ def begin(
     except Exception as error:  # whatever it is, the others must hear of it now and not wait
         terms = _refusal(error)
     members = ring.members(transport)
-    try:
+    with _interruption_told(transport):
         call = transport.begin_call()
         agreed = _agreed(transport, call, terms, agreement, ring)
+        assert isinstance(terms, Terms)  # a refusal was raised by the agreement
+        return transport.channel(call, members, terms.transport, terms.device_type), agreed
+
+
+@contextmanager
+def _interruption_told(transport: Transport):
+    """Around what fails on every rank alike, if it fails: only an interruption must be told, for the others go on."""
+    try:
+        yield
     except RingspanError:
         raise  # on every rank alike, or told already
-    except BaseException as error:  # an interruption: the others may be in this call by now
+    except BaseException as error:
         transport.fail(error)
         raise
-    assert isinstance(terms, Terms)  # a refusal was raised by the agreement
-    return transport.channel(call, members, terms.transport, terms.device_type), agreed
 
 
 def _is_captured(device_type: str) -> bool:
@@ -158,7 +167,8 @@ def _agreed(transport: Transport, call: int, terms: Terms | RingspanError, agree
 def refuse(transport: Transport, error: Exception) -> NoReturn:
     """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises."""
     refusal = _refusal(error)
-    agree(transport, transport.begin_call(), refusal)
+    with _interruption_told(transport):
+        agree(transport, transport.begin_call(), refusal)
     raise refusal
 
 

@@ -2,24 +2,28 @@
 
 A pipe keeps the order of writes, takes records of up to PIPE_BUF bytes whole or not at all, and wakes who sleeps
 on it; so no memory is shared for signals, and nobody spins. A peer's death shows on its pidfd, which is polled
-together with the pipe.
+together with the pipe. Only a rank's last words lie in shared memory too, as a full pipe would lose them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import mmap
 import os
 import select
 import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
 
 _HEAD = struct.Struct("<IIIq")  # bytes of the body, kind, sender, call
 LARGEST_BODY = select.PIPE_BUF - _HEAD.size
 _PIPE_BYTES = 1 << 20
 _CHUNK = 1 << 16
-_LONGEST_SLEEP_S = 3600.0  # poll cannot count the milliseconds of a month
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,51 @@ class Record:
     def packed(self) -> bytes:
         assert len(self.body) <= LARGEST_BODY, f"a record of {len(self.body)} bytes would not be written whole"
         return _HEAD.pack(len(self.body), self.kind, self.sender, self.call) + self.body
+
+    @staticmethod
+    def unpacked(packed: bytes, at: int = 0) -> Record | None:
+        """The record that begins there, if all of it is there."""
+        if len(packed) < at + _HEAD.size:
+            return None
+        length, kind, sender, call = _HEAD.unpack_from(packed, at)
+        begin = at + _HEAD.size
+        return Record(kind, sender, call, packed[begin : begin + length]) if len(packed) >= begin + length else None
+
+
+class Page:
+    """A page of memory that all ranks have mapped and one writes: a number, then that rank's last words.
+
+    A pipe may be full; what stands here stays, for whoever looks.
+    """
+
+    SIZE = mmap.PAGESIZE
+
+    def __init__(self, memory: Tensor) -> None:
+        self._bytes = memory.numpy()
+        self._numbers = self._bytes[:16].view(np.int64)  # the number; the bytes of the last words and their checksum
+
+    @property
+    def nonce(self) -> int:
+        return int(self._numbers[0])
+
+    @nonce.setter
+    def nonce(self, number: int) -> None:
+        self._numbers[0] = number
+
+    @property
+    def said(self) -> bool:
+        return self._numbers[1] != 0
+
+    def say(self, record: Record) -> None:
+        packed = record.packed()
+        self._bytes[16 : 16 + len(packed)] = np.frombuffer(packed, np.uint8)
+        self._numbers[1] = len(packed) << 32 | zlib.crc32(packed)
+
+    def read(self) -> Record | None:
+        """What is said; None where not all of it is to be seen yet, on processors that may reorder writes."""
+        length, checksum = divmod(int(self._numbers[1]), 1 << 32)
+        packed = self._bytes[16 : 16 + length].tobytes()
+        return Record.unpacked(packed) if zlib.crc32(packed) == checksum else None
 
 
 class Inbox:
@@ -54,13 +103,9 @@ class Inbox:
                 if len(chunk) < _CHUNK:
                     break
         records, at = [], 0
-        while len(self._unread) >= at + _HEAD.size:
-            length, kind, sender, call = _HEAD.unpack_from(self._unread, at)
-            end = at + _HEAD.size + length
-            if len(self._unread) < end:
-                break
-            records.append(Record(kind, sender, call, self._unread[at + _HEAD.size : end]))
-            at = end
+        while (record := Record.unpacked(self._unread, at)) is not None:
+            records.append(record)
+            at += _HEAD.size + len(record.body)
         self._unread = self._unread[at:]
         return records
 
@@ -73,7 +118,7 @@ class Inbox:
             poll.register(fd, select.POLLIN)
         if until_room_in is not None:
             poll.register(until_room_in.pipe, select.POLLOUT)
-        return next((by_fd[fd] for fd, _ in poll.poll(min(seconds, _LONGEST_SLEEP_S) * 1000) if fd in by_fd), None)
+        return next((by_fd[fd] for fd, _ in poll.poll(seconds * 1000) if fd in by_fd), None)
 
     def close(self) -> None:
         os.close(self.read_end)

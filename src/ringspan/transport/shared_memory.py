@@ -22,16 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ringspan.errors import RankFailedError, SharedMemoryFullError, explain
 from ringspan.transport import segments
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, spec_of
-from ringspan.transport.inbox import Inbox, Link, Record
+from ringspan.transport.inbox import Inbox, Link, Page, Record
 from ringspan.transport.segments import Mappings, Pool, Whereabouts, contiguous_view, laid_out, segment_of, view
 
-_AGREEMENT, _PARCEL, _RELEASED, _FAILED = range(4)  # kinds of records
+_AGREEMENT, _PARCEL, _RELEASED, _FAILED, _LEFT = range(5)  # kinds of records
+_LONGEST_SLEEP_S = 1.0  # until what others say in their pages is looked at again
 _INTRODUCTION_BYTES = 512
 
 
@@ -51,7 +51,7 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
         if any(reasons):
             return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
         undo.pop_all()
-        return SharedMemoryTransport(beside, timeout_s, me.inbox, links)
+        return SharedMemoryTransport(beside, timeout_s, me.inbox, links, me.pages)
 
 
 def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
@@ -66,12 +66,13 @@ def _short(error: BaseException) -> str:
 
 
 class _Introduction:
-    """What one rank says of itself, and a probe: a segment with a number in it that the others must find there.
+    """What one rank says of itself, and a page with a number in it that the others must find there.
 
     What goes wrong here is said too: whoever raised now would leave the others waiting.
     """
 
     inbox: Inbox
+    pages: dict[int, Page]  # by rank, this one's among them
 
     def __init__(self, rank: int, undo: contextlib.ExitStack) -> None:
         self._rank = rank
@@ -87,16 +88,17 @@ class _Introduction:
     def _introduce(self, undo: contextlib.ExitStack) -> None:
         self.inbox = Inbox()
         undo.callback(self.inbox.close)
-        self._probe = segments.create(torch.int64.itemsize)
-        nonce = secrets.randbits(60)
-        self._probe.view(torch.int64)[0] = nonce
-        segment = segments.segment_of(self._probe)
+        memory, nonce = segments.create(Page.SIZE), secrets.randbits(60)
+        page = Page(memory)
+        page.nonce = nonce
+        self.pages = {self._rank: page}
+        segment = segments.segment_of(memory)
         assert segment is not None
         self.words |= {
             "host": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             "pid": os.getpid(),
             "pipe": self.inbox.write_end,
-            "probe": [segment.fd, len(segment), segment.serial],
+            "page": [segment.fd, len(segment), segment.serial],
             "nonce": nonce,
         }
 
@@ -107,10 +109,11 @@ class _Introduction:
             if words["host"] != self.words["host"]:
                 return links, f"rank {rank} is on another host"
             try:
-                found = segments.open_peer(words["pid"], *words["probe"])
-                if found.view(torch.int64)[0].item() != words["nonce"]:
+                page = Page(segments.open_peer(words["pid"], *words["page"]))
+                if page.nonce != words["nonce"]:
                     return links, f"process {words['pid']} is not rank {rank} here"
                 if rank != self._rank:
+                    self.pages[rank] = page
                     links.append(Link(rank, words["pid"], words["pipe"]))
                     undo.callback(links[-1].close)
             except OSError as error:
@@ -122,7 +125,9 @@ class _Introduction:
 class SharedMemoryTransport(Transport):
     """This rank's end of a process group whose ranks can read each other's memory."""
 
-    def __init__(self, beside: Transport, timeout_s: float, inbox: Inbox, links: Sequence[Link]) -> None:
+    def __init__(
+        self, beside: Transport, timeout_s: float, inbox: Inbox, links: Sequence[Link], pages: dict[int, Page]
+    ) -> None:
         self.rank, self.size = beside.rank, beside.size
         self.timeout_s = timeout_s
         self.pool, self._mappings = Pool(), Mappings()
@@ -136,10 +141,11 @@ class SharedMemoryTransport(Transport):
         self._call = 0  # the last that began here
         self._failed_first: tuple[int, str] | None = None
         self._spoiled: float = math.inf  # the call in which it failed
-        self._told = False
-        weakref.finalize(self, inbox.close)
-        for link in links:
-            weakref.finalize(self, link.close)
+        self._page = pages[self.rank]
+        self._unsaid = {rank: page for rank, page in pages.items() if rank != self.rank}  # pages that say nothing yet
+        self._left: set[int] = set()
+        # Not at the process's end: that shows on its pidfd.
+        weakref.finalize(self, _leave, self.rank, os.getpid(), self._page, inbox, links).atexit = False
 
     def begin_call(self) -> int:
         self._call = self._beside.begin_call()
@@ -160,12 +166,12 @@ class SharedMemoryTransport(Transport):
         return _SharedChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
-        if not self._told and self._failed_first is None:  # else everybody knows
-            self._told = True
+        if not self._page.said and self._failed_first is None:  # else everybody knows
             reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
             record = Record(_FAILED, self.rank, self._call, reason)
+            self._page.say(record)
             for link in self.links.values():
-                link.send(record)  # one whose pipe is full wakes by its own bound
+                link.send(record)  # to wake it; one whose pipe is full is awake, or will be soon
         self._beside.fail(error)  # last: a store whose host is gone may take its time
 
     def tell(self, rank: int, call: int, note: bytes) -> None:
@@ -251,10 +257,13 @@ class SharedMemoryTransport(Transport):
                 raise self._gave_up(missing(), what_for, None)
             if gone is not None:
                 raise self._gave_up([gone.rank], what_for, f"its process {gone.pid} is gone")
-            left = deadline - time.monotonic()
-            if left <= 0:
+            if self._left and (left := self._left.intersection(missing())):
+                raise self._gave_up(left, what_for, "no answer: the process group was destroyed there")
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
                 raise self._gave_up(missing(), what_for, f"no answer within {self.timeout_s:g} s")
-            gone = self._inbox.sleep(left, [self.links[rank] for rank in missing()], until_room_in)
+            watched = [self.links[rank] for rank in missing()]
+            gone = self._inbox.sleep(min(seconds, _LONGEST_SLEEP_S), watched, until_room_in)
 
     def _gave_up(self, missing: Iterable[int], what_for: str, reason: str | None) -> RankFailedError:
         ranks = sorted(missing)
@@ -270,6 +279,12 @@ class SharedMemoryTransport(Transport):
         return error
 
     def _collect(self) -> None:
+        # Pages before the pipe: what a rank sent before it left counts.
+        said = [(rank, page) for rank, page in self._unsaid.items() if page.said]
+        for rank, page in said:
+            if (record := page.read()) is not None:
+                del self._unsaid[rank]
+                self._hear_last(record)
         for record in self._inbox.read():
             if record.kind == _AGREEMENT:
                 self._messages[record.call, record.sender] = record.body
@@ -278,9 +293,30 @@ class SharedMemoryTransport(Transport):
                 self._notes[record.call, record.sender, index, lane] = note
             elif record.kind == _RELEASED:
                 self._loans[int(record.body)].returned(record.sender)
-            elif self._failed_first is None:
-                self._failed_first = record.sender, record.body.decode(errors="replace")
-                self._spoiled = record.call
+            else:
+                self._hear_last(record)
+
+    def _hear_last(self, record: Record) -> None:
+        """A rank's last words come twice: its page is certain, its record in the pipe wakes."""
+        if record.kind == _LEFT:
+            self._left.add(record.sender)
+            return
+        # Ranks may be calls ahead of each other: the earliest call that anybody gave up counts.
+        self._spoiled = min(self._spoiled, record.call)
+        if self._failed_first is None:
+            self._failed_first = record.sender, record.body.decode(errors="replace")
+
+
+def _leave(rank: int, pid: int, page: Page, inbox: Inbox, links: Sequence[Link]) -> None:
+    """The end of a transport: whoever still waits for this rank would wait in vain."""
+    if os.getpid() == pid and not page.said:  # a forked child does not speak for its parent
+        record = Record(_LEFT, rank, 0, b"")
+        page.say(record)
+        for link in links:
+            link.send(record)
+    inbox.close()
+    for link in links:
+        link.close()
 
 
 @dataclass(eq=False)
