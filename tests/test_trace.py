@@ -1,6 +1,7 @@
 """Traces: every rank's computing and transfers, on one clock, in the form that Perfetto reads."""
 
 import json
+import time
 from collections import Counter
 from itertools import pairwise
 
@@ -10,6 +11,10 @@ from processes import results, run_processes
 
 import ringspan
 from ringspan import observe
+from ringspan.layout import from_lengths
+from ringspan.problem import Mask
+from ringspan.schedule.ring import ring_schedule
+from ringspan.transport.contract import Pending
 
 NUM_RANKS, NUM_TOKENS = 3, 50
 
@@ -73,7 +78,8 @@ def test_copied_shards_and_gradients_show_their_flights(tmp_path):
     for records in told:
         for record in records:
             assert record.begin_ns <= record.handed_ns <= record.posted_ns <= record.computed_ns <= record.end_ns
-            assert all(record.posted_ns <= flight.end_ns <= record.end_ns for flight in record.flights)
+            for flight in record.flights:
+                assert record.begin_ns <= flight.begin_ns <= flight.end_ns <= record.end_ns
             assert len(record.flights) == (record.step.receive is not None)
 
 
@@ -99,3 +105,25 @@ def test_ranks_of_another_host_are_moved_by_the_wall_clock():
     moved = _on_one_clock([rank("a", 1_000_000, 5000), rank("a", 1_000_007, 6000), rank("b", 4_000_000, 7000)])
     assert [event["ts"] for event in moved] == [5.0, 6.0, 3007.0]
     assert {event["dur"] for event in moved} == {3.0}
+
+
+def test_what_has_arrived_before_its_posting_is_over_has_flown_for_no_time():
+    class Early(Pending):
+        received_bytes = (64,)
+
+        def __init__(self):
+            self.arrived_ns = time.perf_counter_ns()
+
+        def wait(self):
+            return []
+
+    schedule = ring_schedule(Mask(8, 8), *[from_lengths("contiguous", (4, 4))] * 2, 0)
+    records = []
+    with observe.steps(records.append):
+        clock = observe.StepClock("forward", schedule)
+        pending = Early()
+        clock.posted()
+        clock.computed()
+        clock.finish(schedule.steps[0], pending)
+    (flight,) = records[0].flights
+    assert flight.begin_ns == flight.end_ns == pending.arrived_ns and records[0].flight_s == 0

@@ -119,4 +119,6 @@ class StepClock:
     def _flights(self, what: str, hops: Sequence[Hop], pending: Pending):
         if hops and pending.arrived_ns is not None:
             for hop, num_bytes in zip(hops, pending.received_bytes, strict=True):
-                yield Flight(what, hop, self._posted_ns, pending.arrived_ns, num_bytes)
+                # What is quick has arrived before the posting is over, and so before the clock is read.
+                begin_ns = min(self._posted_ns, pending.arrived_ns)
+                yield Flight(what, hop, begin_ns, pending.arrived_ns, num_bytes)
