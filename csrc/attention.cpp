@@ -117,6 +117,7 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
     call.bfloat16_pairs = pairs_are_possible(isa, sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
                           is_made_of_pairs(call.dout);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
+    // Not by the number of threads: dq is summed item by item, and its bits must not depend on them.
     const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads, 16) * rows;
     const int64_t items_per_head = (sizes.keys + step - 1) / step;
     const int64_t num_steps = (sizes.queries + isa.queries_per_step - 1) / isa.queries_per_step * sizes.group();

@@ -140,7 +140,7 @@ class SharedMemoryTransport(Transport):
         self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
         self._call = 0  # the last that began here
         self._failed_first: tuple[int, str] | None = None
-        self._spoiled: float = math.inf  # the call in which it failed
+        self._spoiled: float = math.inf  # the earliest call that anybody gave up
         self._page = pages[self.rank]
         self._unsaid = {rank: page for rank, page in pages.items() if rank != self.rank}  # pages that say nothing yet
         self._left: set[int] = set()
