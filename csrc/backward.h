@@ -11,8 +11,8 @@ constexpr int kQueryBlock = 64;
 constexpr int kQueryPanels = kQueryBlock / kPanel;
 constexpr int kKeyTilesPerItem = 224 / kRows;
 constexpr int kItemKeys = kKeyTilesPerItem * kRows;
-constexpr int kDqRows = kRows < kPanel ? kRowStep * 2 : kPanel;  // accumulator rows of the product for dq; divides kPanel
-static_assert(kPanel % kDqRows == 0);
+constexpr int kDqRows = kRows < 8 ? 4 : kRows < 16 ? 8 : 16;  // accumulator rows of the product for dq: divides kPanel
+static_assert(kPanel % kDqRows == 0 && kQueryBlock % kPanel == 0);
 
 struct KeyTile {
     int32_t begin, end;

@@ -7,10 +7,12 @@
 namespace ringspan::avx512 {
 
 constexpr int kLanes = 16;
-constexpr int kVectors = 1;   // registers across a panel
-constexpr int kRows = 28;     // 28 accumulators + 1 operand; the other factor is a broadcast memory operand and takes no register
-constexpr int kRowStep = 4;   // ragged tiles run with 4, 8, .. 28 rows
-constexpr int kQueriesPerItem = 224;  // packing the keys costs about 1 % then
+// 14 rows x 2 registers: 28 accumulators, 2 operands, 1 broadcast; 16 loads for 28 multiply-adds. One load for each, as with
+// 28 rows x 1 register and broadcasts as memory operands, halves the rate of Intel's two units.
+constexpr int kVectors = 2;
+constexpr int kRows = 14;
+constexpr int kRowStep = 2;  // ragged tiles run with 2, 4, .. 14 rows
+constexpr int kQueriesPerItem = 1008;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -19,19 +21,14 @@ static inline Floats load(const float* p) { return (Floats)_mm512_loadu_ps(p); }
 static inline void store(float* p, Floats v) { _mm512_storeu_ps(p, (__m512)v); }
 static inline Floats all(float x) { return (Floats)_mm512_set1_ps(x); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) { return multiply_add(all(*a), b, c); }
 
-// *a * b + c, with *a as the instruction's {1to16} memory operand: a separate vbroadcastss costs 8 % of a product.
-static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) {
-    __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
-    return c;
-}
-
-// c + the dot product of two bfloat16 pairs, with *a as the memory operand. AVX512_BF16, which not every
-// processor with AVX-512 has: exact products, summed in float32 at up to twice the rate of float32's.
+// c + the dot product of two bfloat16 pairs. AVX512_BF16, which not every processor with AVX-512 has: exact products, summed
+// in float32 at up to twice the rate of float32's. (The intrinsic would need the whole file compiled for it.)
 constexpr bool kHasPairs = true;
 static inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16") != 0; }
 static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
-    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(b), "v"(all(*a)));
     return c;
 }
 

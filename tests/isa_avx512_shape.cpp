@@ -2,10 +2,10 @@
 // wherever the sanitizers run, and only the instructions of simd_avx512.h are not.
 #define RINGSPAN_ISA avx512_shape
 #define RINGSPAN_LANES 16
-#define RINGSPAN_VECTORS 1
-#define RINGSPAN_ROWS 28
-#define RINGSPAN_ROW_STEP 4
-#define RINGSPAN_QUERIES_PER_ITEM 224
+#define RINGSPAN_VECTORS 2
+#define RINGSPAN_ROWS 14
+#define RINGSPAN_ROW_STEP 2
+#define RINGSPAN_QUERIES_PER_ITEM 1008
 #define RINGSPAN_PAIRS true
 #include "simd_portable.h"
 #include "tile_kernel.h"
