@@ -43,7 +43,7 @@ static bool pairs_are_possible(const Kernels& isa, const Sizes& sizes) { return 
 // The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
 // What a tile computes does not depend on the item that it is in, and so the items may depend on the number of threads.
 static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels& isa, int num_threads) {
-    const Sizes& sizes = call.sizes;
+    const Sizes& sizes = call.sizes();
     const int64_t rows = isa.rows_per_tile, group = sizes.group();
     const int64_t num_tiles = (sizes.queries + rows - 1) / rows * group;
     const int64_t least_items = num_threads > 1 ? std::min(2 * num_threads, 16) : 1;
@@ -55,7 +55,9 @@ static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels
                 const AbsorbItem item{b, kv, first, std::min(first + step, num_tiles)};
                 int64_t weight = 0;
                 for (int64_t t = item.first_tile; t < item.last_tile; ++t) {
-                    weight += keys_spanned(call.mask, sizes, b, kv * group + t % group, t / group * rows, rows);
+                    for (const KeyRun* run = call.runs; run != call.runs + call.num_runs; ++run) {
+                        weight += keys_spanned(run->mask, run->sizes, b, kv * group + t % group, t / group * rows, rows);
+                    }
                 }
                 if (weight > 0) weighed.emplace_back(weight, item);
             }
@@ -68,10 +70,12 @@ static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels
 }
 
 void absorb(const AbsorbCall& given, int num_threads) {
+    if (given.num_runs == 0) return;
     AbsorbCall call = given;
-    const Sizes& sizes = call.sizes;
-    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
-    call.bfloat16_pairs = pairs_are_possible(kernels(), sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k);
+    const Sizes& sizes = call.sizes();
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
+    call.bfloat16_pairs = pairs_are_possible(kernels(), sizes) && is_made_of_pairs(call.q) &&
+                          std::all_of(call.runs, call.runs + call.num_runs, [](const KeyRun& run) { return is_made_of_pairs(run.k); });
     struct Context {
         const AbsorbCall& call;
         const Kernels& isa;

@@ -48,15 +48,25 @@ struct Mask {
     int64_t lo_stride[3], hi_stride[3];
 };
 
+// Keys and values that lie together, and who sees which of them.
+struct KeyRun {
+    Sizes sizes;  // of the queries against these keys
+    Input k, v;
+    Mask mask;
+};
+
 // Softmax state of a row: numerator acc * e^row_max, denominator row_sum * e^row_max; (0, -inf, 0) has seen nothing.
+// The runs are absorbed in their order. Their sizes differ in the number of keys alone.
 struct AbsorbCall {
-    Sizes sizes;
     Output acc;
     RowValues row_max, row_sum;
-    Input q, k, v;
+    Input q;
     float scale;
-    Mask mask;
+    const KeyRun* runs;
+    int64_t num_runs;
     bool bfloat16_pairs = false;  // set by absorb where scores may be dot products of bfloat16 pairs
+
+    const Sizes& sizes() const { return runs[0].sizes; }
 };
 
 // p_ij = e^(s_ij - lse_i), ds_ij = p_ij (do_i . v_j - delta_i). dq.data == nullptr skips dq; dk.data == nullptr skips dk and dv.
@@ -70,7 +80,7 @@ struct GradientCall {
     bool bfloat16_pairs = false;
 };
 
-// acc, row_max, row_sum += the tile. A row that sees no key is left as it is, bit for bit.
+// acc, row_max, row_sum += the runs. A row that sees no key is left as it is, bit for bit.
 void absorb(const AbsorbCall& call, int num_threads);
 
 // dq, dk, dv += the tile's gradients.

@@ -223,24 +223,69 @@ Mask mask_of(Arguments& arguments, const Sizes& sizes, nb::handle lower, nb::han
     return mask;
 }
 
-void py_absorb(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object k, nb::object v, nb::object scale,
-               nb::object lower, nb::object upper, nb::object lo, nb::object hi, nb::object num_threads) {
-    Arguments arguments;
-    const Array qa = attention_input("q", "[B, H, T, D]", q);
+KeyRun key_run(Arguments& arguments, const Array& qa, nb::handle k, nb::handle v, nb::handle lower, nb::handle upper, nb::handle lo, nb::handle hi) {
     const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, D]", v);
-    const Sizes s = sizes_of(qa, ka, va);
+    KeyRun run{};
+    run.sizes = sizes_of(qa, ka, va);
     require_like_q("k", ka, qa);
     require_like_q("v", va, qa);
+    run.k = arguments.input("k", ka);
+    run.v = arguments.input("v", va);
+    run.mask = mask_of(arguments, run.sizes, lower, upper, lo, hi);
+    return run;
+}
+
+// An item of `runs`: (k, v, lower, upper, lo, hi), the last four as in absorb.
+KeyRun key_run(Arguments& arguments, const Array& qa, nb::handle object, size_t number) {
+    nb::tuple parts;
+    if (!nb::try_cast(object, parts) || parts.size() != 6) refuse_type("runs[" + std::to_string(number) + "] must be a tuple (k, v, lower, upper, lo, hi)");
+    try {
+        return key_run(arguments, qa, parts[0], parts[1], parts[2], parts[3], parts[4], parts[5]);
+    } catch (const nb::builtin_exception& error) {
+        throw nb::builtin_exception(error.type(), ("runs[" + std::to_string(number) + "]: " + error.what()).c_str());
+    }
+}
+
+// Everything but the keys and values.
+AbsorbCall absorb_call(Arguments& arguments, const Array& qa, nb::handle acc, nb::handle row_max, nb::handle row_sum, nb::handle scale,
+                       const std::vector<KeyRun>& runs) {
     AbsorbCall call{};
-    call.sizes = s;
+    const Sizes& s = runs[0].sizes;
     call.q = arguments.input("q", qa);
-    call.k = arguments.input("k", ka);
-    call.v = arguments.input("v", va);
     call.acc = arguments.output("acc", "[B, H, T, D]", acc, {s.batch, s.heads, s.queries, s.dim});
     call.row_max = arguments.row_values("row_max", row_max, s, true);
     call.row_sum = arguments.row_values("row_sum", row_sum, s, true);
     call.scale = scale_of(scale);
-    call.mask = mask_of(arguments, s, lower, upper, lo, hi);
+    call.runs = runs.data();
+    call.num_runs = static_cast<int64_t>(runs.size());
+    return call;
+}
+
+void py_absorb(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object k, nb::object v, nb::object scale,
+               nb::object lower, nb::object upper, nb::object lo, nb::object hi, nb::object num_threads) {
+    Arguments arguments;
+    const Array qa = attention_input("q", "[B, H, T, D]", q);
+    const std::vector<KeyRun> runs{key_run(arguments, qa, k, v, lower, upper, lo, hi)};
+    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, runs);
+    const int threads = threads_of(num_threads);
+    nb::gil_scoped_release unlocked;
+    absorb(call, threads);
+}
+
+void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object runs, nb::object scale, nb::object num_threads) {
+    Arguments arguments;
+    const Array qa = attention_input("q", "[B, H, T, D]", q);
+    nb::list items;
+    if (!nb::try_cast(runs, items) || items.size() == 0) refuse_type("runs must be a list of at least one (k, v, lower, upper, lo, hi)");
+    std::vector<KeyRun> found;
+    for (size_t i = 0; i < items.size(); ++i) {
+        found.push_back(key_run(arguments, qa, items[i], i));
+        if (found[i].sizes.kv_heads != found[0].sizes.kv_heads) {
+            refuse_value("runs[" + std::to_string(i) + "]: k must have as many heads as in runs[0], " + std::to_string(found[0].sizes.kv_heads) + ", got " +
+                         std::to_string(found[i].sizes.kv_heads));
+        }
+    }
+    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, found);
     const int threads = threads_of(num_threads);
     nb::gil_scoped_release unlocked;
     absorb(call, threads);
@@ -301,6 +346,8 @@ NB_MODULE(_native, m) {
     m.def("absorb", &py_absorb, "acc"_a.none(), "row_max"_a.none(), "row_sum"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
           nb::kw_only(), "scale"_a.none(), "lower"_a = nb::none(), "upper"_a = nb::none(), "lo"_a = nb::none(), "hi"_a = nb::none(),
           "num_threads"_a.none() = 0, "Absorb the keys and values into the softmax state (acc, row_max, row_sum), in place.");
+    m.def("absorb_runs", &py_absorb_runs, "acc"_a.none(), "row_max"_a.none(), "row_sum"_a.none(), "q"_a.none(), "runs"_a.none(), nb::kw_only(),
+          "scale"_a.none(), "num_threads"_a.none() = 0, "Absorb several runs of keys and values, [(k, v, lower, upper, lo, hi), ..], in their order.");
     m.def("absorb_gradient", &py_absorb_gradient, "dq"_a.none(), "dk"_a.none(), "dv"_a.none(), "q"_a.none(), "k"_a.none(),
           "v"_a.none(), "do"_a.none(), "lse"_a.none(), "delta"_a.none(), nb::kw_only(), "scale"_a.none(), "lower"_a = nb::none(),
           "upper"_a = nb::none(), "lo"_a = nb::none(), "hi"_a = nb::none(), "num_threads"_a.none() = 0,

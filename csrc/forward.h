@@ -1,4 +1,4 @@
-// absorb: a few query tiles against all keys they see, one block of keys after the other.
+// absorb: a few query tiles against all keys they see, run after run and one block of keys after the other.
 //
 // A block of keys and values is packed once (it stays in L2) and used by every tile of the work item. One tile's queries,
 // scores and a panel of keys or values fit in L1 while it goes through scores -> weights -> weighted values.
@@ -24,9 +24,11 @@ static inline float base_two_scale(float scale) { return static_cast<float>(scal
 struct Tile {
     int64_t head, first_row;
     int rows;
-    bool references_are_positive;  // of all rows that see anything
+    bool started;                  // queries are packed
+    bool started_rows[kRows];      // whose state is here: those that have seen anything of this call
+    bool references_are_positive;  // of all rows that see anything of the run
     float largest_query;           // squared length, times (scale log2(e))^2
-    Span span;
+    Span span;                     // of the run, as are lo and hi
     int32_t lo[kRows], hi[kRows];
     float reference[kRows];  // -inf: the row has seen nothing
     float start[kRows];      // where a score's sum starts: -reference, or 0
@@ -79,32 +81,33 @@ RINGSPAN_INLINE void scale_run(const float* from, float factor, int64_t count, f
     }
 }
 
-static void load_state(const AbsorbCall& call, int64_t b, Tile& tile) {
-    const int64_t dim = call.sizes.dim, padded_dim = round_up(dim, kPanel);
-    memset(tile.acc, 0, padded_dim * kRows * sizeof(float));
-    memset(tile.sums, 0, kRows * kLanes * sizeof(float));
-    for (int r = 0; r < kRows; ++r) {
-        tile.reference[r] = -__builtin_inff();
-        tile.start[r] = 0;
-        if (tile.lo[r] >= tile.hi[r]) continue;
-        const int64_t t = tile.first_row + r;
-        const float row_max = call.row_max.at(b, tile.head, t);
-        if (row_max == -__builtin_inff()) continue;
-        // acc e^m = acc 2^(m log2(e)) = (acc 2^fraction) 2^reference
-        const float product = row_max * kLog2E;
-        tile.reference[r] = __builtin_rintf(product);
-        tile.start[r] = -tile.reference[r];
-        const float factor = exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
-        tile.sums[r * kLanes] = call.row_sum.at(b, tile.head, t) * factor;
-        const float* acc = call.acc.row(b, tile.head, t);
-        for (int64_t d = 0; d < dim; d += kPanel) scale_run(acc + d, factor, dim - d, tile.acc + d * kRows + r * kPanel);
+static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
+    const int64_t dim = call.sizes().dim, t = tile.first_row + r;
+    const float row_max = call.row_max.at(b, tile.head, t);
+    const bool is_new = row_max == -__builtin_inff();
+    // acc e^m = acc 2^(m log2(e)) = (acc 2^fraction) 2^reference
+    const float product = is_new ? 0 : row_max * kLog2E;
+    tile.reference[r] = is_new ? row_max : __builtin_rintf(product);
+    tile.start[r] = is_new ? 0 : -tile.reference[r];
+    const float factor = is_new ? 0 : exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
+    store(tile.sums + r * kLanes, all(0));
+    tile.sums[r * kLanes] = is_new ? 0 : call.row_sum.at(b, tile.head, t) * factor;
+    const float* acc = call.acc.row(b, tile.head, t);
+    for (int64_t d = 0; d < dim; d += kPanel) {
+        float* to = tile.acc + d * kRows + r * kPanel;
+        if (is_new) {
+            memset(to, 0, kPanel * sizeof(float));
+        } else {
+            scale_run(acc + d, factor, dim - d, to);
+        }
     }
+    tile.started_rows[r] = true;
 }
 
 static void store_state(const AbsorbCall& call, int64_t b, const Tile& tile) {
-    const int64_t dim = call.sizes.dim;
+    const int64_t dim = call.sizes().dim;
     for (int r = 0; r < kRows; ++r) {
-        if (tile.lo[r] >= tile.hi[r]) continue;
+        if (!tile.started_rows[r]) continue;
         const int64_t t = tile.first_row + r;
         const float sum = sum_of(load(tile.sums + r * kLanes));
         // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
@@ -119,34 +122,54 @@ static void store_state(const AbsorbCall& call, int64_t b, const Tile& tile) {
     }
 }
 
-static void start_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
-    const Sizes& sizes = call.sizes;
+static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
+    const Sizes& sizes = call.sizes();
     tile.head = item.kv_head * sizes.group() + number % sizes.group();
     tile.first_row = number / sizes.group() * kRows;
-    row_intervals(call.mask, sizes, item.batch, tile.head, tile.first_row, kRows, tile.lo, tile.hi);
-    tile.span = span_of(tile.lo, tile.hi, kRows);
-    if (tile.span.empty()) return;
     const int64_t left = sizes.queries - tile.first_row;
     tile.rows = left < kRows ? static_cast<int>(left) : kRows;
-    tile.references_are_positive = false;
+    tile.started = false;
+    for (bool& started : tile.started_rows) started = false;
+}
+
+static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& tile) {
+    const int64_t dim = call.sizes().dim;
     const Tokens q = tokens_of(call.q, item.batch, tile.head);
     const float scale = base_two_scale(call.scale);
     if (call.bfloat16_pairs) {
-        tile.largest_query = pack_columns(as_pairs(q), tile.first_row, tile.rows, sizes.dim / 2, nullptr, kRows, tile.queries) * scale * scale;
+        tile.largest_query = pack_columns(as_pairs(q), tile.first_row, tile.rows, dim / 2, nullptr, kRows, tile.queries) * scale * scale;
     } else {
         float factors[kRows + kLanes];
         for (float& factor : factors) factor = scale;
-        tile.largest_query = pack_columns(q, tile.first_row, tile.rows, sizes.dim, factors, kRows, tile.queries);
+        tile.largest_query = pack_columns(q, tile.first_row, tile.rows, dim, factors, kRows, tile.queries);
     }
-    load_state(call, item.batch, tile);
+    // Rows that see nothing are computed with the others and never stored.
+    memset(tile.acc, 0, round_up(dim, kPanel) * kRows * sizeof(float));
+    memset(tile.sums, 0, kRows * kLanes * sizeof(float));
+    for (int r = 0; r < kRows; ++r) tile.reference[r] = -__builtin_inff(), tile.start[r] = 0;
+    tile.started = true;
+}
+
+// What the tile's rows see of the run; those that see something for the first time are loaded.
+static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const KeyRun& run, Tile& tile) {
+    row_intervals(run.mask, run.sizes, item.batch, tile.head, tile.first_row, kRows, tile.lo, tile.hi);
+    tile.span = span_of(tile.lo, tile.hi, kRows);
+    if (tile.span.empty()) return;
+    if (!tile.started) start_tile(call, item, tile);
+    tile.references_are_positive = false;
+    for (int r = 0; r < tile.rows; ++r) {
+        const bool sees = tile.lo[r] < tile.hi[r];
+        if (sees && !tile.started_rows[r]) load_row(call, item.batch, tile, r);
+        if (!sees && tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
+    }
 }
 
 // Packs the panels that hold the keys begin .. end: all keys of these panels.
-static void pack_block(const AbsorbCall& call, const AbsorbItem& item, int32_t begin, int32_t end, KeyBlock& block) {
-    const int64_t dim = call.sizes.dim, num_keys = call.sizes.keys - block.begin;
-    const int64_t steps = call.bfloat16_pairs ? dim / 2 : dim;
-    const Tokens packed_k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
-    const Tokens k = call.bfloat16_pairs ? as_pairs(packed_k) : packed_k;
+static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, int32_t begin, int32_t end, KeyBlock& block) {
+    const int64_t dim = run.sizes.dim, num_keys = run.sizes.keys - block.begin;
+    const int64_t steps = pairs ? dim / 2 : dim;
+    const Tokens packed_k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
+    const Tokens k = pairs ? as_pairs(packed_k) : packed_k;
     for (int p = (begin - block.begin) / kPanel; p * kPanel < end - block.begin; ++p) {
         const int first = p * kPanel;
         const int64_t count = num_keys - first < kPanel ? num_keys - first : kPanel;
@@ -278,8 +301,8 @@ static void add_visible_values(Tile& tile, const KeyBlock& block, int64_t dim, c
     }
 }
 
-static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& block, float* weights) {
-    const int64_t dim = call.sizes.dim;
+static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, const KeyBlock& block, float* weights) {
+    const int64_t dim = run.sizes.dim;
     if (!tile.span.sees(block.begin, block.end)) return;
     const int32_t begin = tile.span.begin > block.begin ? tile.span.begin : block.begin;
     const int32_t end = tile.span.end < block.end ? tile.span.end : block.end;
@@ -304,7 +327,7 @@ static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& blo
     }
     if (!safe) raise_references(tile, dim, first, last, weights);
     compute_weights(tile, first, last, weights);
-    const int32_t packed_end = call.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(call.sizes.keys) : block.begin + last * kPanel;
+    const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
     if (!finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end)) return add_visible_values(tile, block, dim, weights);
     const int last_tokens = end - block.begin - (last - 1) * kPanel;
     with_rows(tile.rows, [&]<int kR>() {
@@ -312,22 +335,11 @@ static void absorb_block(const AbsorbCall& call, Tile& tile, const KeyBlock& blo
     });
 }
 
-// Packing waits for memory and computing does not: the next block is fetched meanwhile, an equal share with every tile.
-static void prefetch_share(const AbsorbCall& call, const AbsorbItem& item, int64_t begin, int64_t end, int share, int num_shares) {
-    const int64_t num_keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
-    const int64_t first = begin + num_keys * share / num_shares, last = begin + num_keys * (share + 1) / num_shares;
-    prefetch(tokens_of(call.k, item.batch, item.kv_head), first, last, call.sizes.dim);
-    prefetch(tokens_of(call.v, item.batch, item.kv_head), first, last, call.sizes.dim);
-}
-
-static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* memory) {
-    AbsorbScratch scratch;
-    lay_out(scratch, static_cast<float*>(memory), call.sizes.dim);
-    const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
+static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const KeyRun& run, int num_tiles, AbsorbScratch& scratch) {
     int32_t begin = INT32_MAX, end = 0;
     for (int i = 0; i < num_tiles; ++i) {
         Tile& tile = scratch.tiles[i];
-        start_tile(call, item, item.first_tile + i, tile);
+        look_at_run(call, item, run, tile);
         begin = tile.span.begin < begin ? tile.span.begin : begin;
         end = tile.span.end > end ? tile.span.end : end;
     }
@@ -344,15 +356,18 @@ static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* me
         if (first >= last) continue;
         first = first > block.begin ? first : block.begin;
         last = last < block.end ? last : block.end;
-        pack_block(call, item, first, last, block);
-        for (int i = 0; i < num_tiles; ++i) {
-            prefetch_share(call, item, block.end, end, i, num_tiles);
-            absorb_block(call, scratch.tiles[i], block, scratch.weights);
-        }
+        pack_block(run, item, call.bfloat16_pairs, first, last, block);
+        for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights);
     }
-    for (int i = 0; i < num_tiles; ++i) {
-        if (!scratch.tiles[i].span.empty()) store_state(call, item.batch, scratch.tiles[i]);
-    }
+}
+
+static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* memory) {
+    AbsorbScratch scratch;
+    lay_out(scratch, static_cast<float*>(memory), call.sizes().dim);
+    const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
+    for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);
+    for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], num_tiles, scratch);
+    for (int i = 0; i < num_tiles; ++i) store_state(call, item.batch, scratch.tiles[i]);
 }
 
 }  // namespace ringspan::RINGSPAN_ISA

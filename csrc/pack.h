@@ -213,17 +213,4 @@ static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_
     return pack_rows_of<float>(x, first, num_tokens, dim, factors, pitch, room, to);
 }
 
-// Asks for the memory of the tokens first .. last to be brought into L2.
-static void prefetch(const Tokens& x, int64_t first, int64_t last, int64_t dim) {
-    const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-    const bool dims_are_neighbours = x.dim_stride == 1;
-    if (!dims_are_neighbours && x.token_stride != 1) return;
-    const int64_t num_runs = dims_are_neighbours ? last - first : dim, run_bytes = (dims_are_neighbours ? dim : last - first) * size;
-    const int64_t run_stride = (dims_are_neighbours ? x.token_stride : x.dim_stride) * size;
-    const char* run = static_cast<const char*>(x.data) + (x.offset + first * x.token_stride) * size;
-    for (int64_t i = 0; i < num_runs; ++i, run += run_stride) {
-        for (int64_t at = 0; at < run_bytes; at += 64) __builtin_prefetch(run + at, 0, 2);
-    }
-}
-
 }  // namespace ringspan::RINGSPAN_ISA

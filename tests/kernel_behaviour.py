@@ -282,6 +282,19 @@ class KernelBehaviour:
         assert_forward_exact(tile, *state.finalize(tile.q.dtype))
         assert_backward_exact(tile, found)
 
+    @visible_kinds
+    def test_absorbing_runs_together_is_as_exact_as_in_one_go(self, kind, dtype):
+        tile = make_tile(VISIBLE[kind](131, 190), batch=BATCH, heads=HEADS, kv_heads=2, dtype=dtype)
+        state = SoftmaxState.empty(tile.q)
+        rows = slice(0, 131)
+        # Keys back to front: rows of a diagonal see nothing of the first runs, or nothing of the last.
+        runs = [
+            (tile.k[:, :, keys], tile.v[:, :, keys], tile.visible.block(rows, keys))
+            for keys in reversed(_pieces(0, 60, 60, 61, 128, 190))
+        ]
+        self.kernel.absorb_runs(state, tile.q, runs, tile.scale)
+        assert_forward_exact(tile, *state.finalize(tile.q.dtype), self.rounds_weights)
+
     def test_the_error_does_not_grow_with_the_number_of_pieces(self):
         tile = make_tile(RowIntervals(64, 1024), dim=64, dtype=self.dtypes[0])
         state = SoftmaxState.empty(tile.q)

@@ -65,14 +65,27 @@ float at(const Case& c, const std::vector<float>& x, int64_t heads, int64_t toke
 
 Mask mask_of(const Case& c) { return {c.lower, c.upper, nullptr, nullptr, {}, {}}; }
 
-void forward(Problem& p, int num_threads) {
+// The keys first .. last as a run of their own.
+KeyRun run_of(const Problem& p, int64_t first, int64_t last) {
+    const Case& c = p.c;
+    KeyRun run{c.sizes, view(c, p.k, p.k16, c.sizes.kv_heads, c.sizes.keys), view(c, p.v, p.v16, c.sizes.kv_heads, c.sizes.keys), mask_of(c)};
+    run.sizes.keys = last - first;
+    run.mask.lower -= first;
+    run.mask.upper -= first;
+    for (Input* x : {&run.k, &run.v}) x->data = static_cast<const char*>(x->data) + first * x->stride[2] * (c.dtype == DType::float32 ? 4 : 2);
+    return run;
+}
+
+void forward(Problem& p, int num_threads, int64_t num_runs = 1) {
     const Sizes& s = p.c.sizes;
     p.acc.assign(rows(s) * s.dim, 0);
     p.row_max.assign(rows(s), -INFINITY);
     p.row_sum.assign(rows(s), 0);
     const int64_t t = s.queries, ht = s.heads * t;
-    absorb({s, {p.acc.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.row_max.data(), {ht, t, 1}}, {p.row_sum.data(), {ht, t, 1}},
-            view(p.c, p.q, p.q16, s.heads, t), view(p.c, p.k, p.k16, s.kv_heads, s.keys), view(p.c, p.v, p.v16, s.kv_heads, s.keys), 0.25f, mask_of(p.c)},
+    std::vector<KeyRun> runs;
+    for (int64_t i = 0; i < num_runs; ++i) runs.push_back(run_of(p, s.keys * i / num_runs, s.keys * (i + 1) / num_runs));
+    absorb({{p.acc.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.row_max.data(), {ht, t, 1}}, {p.row_sum.data(), {ht, t, 1}},
+            view(p.c, p.q, p.q16, s.heads, t), 0.25f, runs.data(), num_runs},
            num_threads);
 }
 
@@ -162,12 +175,13 @@ void check_all_shapes() {
             for (const DType dtype : {DType::float32, DType::bfloat16, DType::float16}) {
                 const int64_t kv = 1 + seed % 2, group = 1 + seed / 2 % 3;
                 Problem p = problem_of({{1 + seed % 2, kv * group, kv, shape[0], shape[1], shape[2]}, band[0], band[1], seed % 3 == 0, dtype}, seed);
+                const int64_t num_runs = 1 + seed % 4;
                 ++seed;
-                forward(p, 1);
+                forward(p, 1, num_runs);
                 backward(p, 1);
                 check(p);
                 const Problem alone = p;
-                forward(p, 4);
+                forward(p, 4, num_runs);
                 backward(p, 4);
                 expect(p.acc == alone.acc && p.dq == alone.dq && p.dk == alone.dk && p.dv == alone.dv, p.c, "threads change bits");
             }

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -308,6 +309,74 @@ def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread)
     one, *others = ([x.contiguous().view(torch.int32) for x in tile.forward(n)] for n in (1, 2, 3, 16, 64))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def in_runs(tile, cuts, num_threads=1):
+    """The tile's keys cut at `cuts`, as (k, v, lower, upper, lo, hi)."""
+    keys = tile.k.shape[2]
+    runs = []
+    for first, last in pairwise([0, *sorted(cuts), keys]):
+        band = [tile.mask.get(name) for name in ("lower", "upper")]
+        ends = [tile.mask.get(name) for name in ("lo", "hi")]
+        band = [None if edge is None else edge - first for edge in band]
+        ends = [None if end is None else end - first for end in ends]
+        runs.append((tile.k[:, :, first:last], tile.v[:, :, first:last], *band, *ends))
+    state = empty_state(*tile.q.shape)
+    _native.absorb_runs(*state, tile.q, runs, scale=tile.scale, num_threads=num_threads)
+    return state
+
+
+@thorough
+@given(tiles(), st.lists(st.floats(0, 1), max_size=5))
+def test_runs_of_keys_together_are_as_exact_as_all_in_one(tile, cuts):
+    cuts = [int(cut * tile.k.shape[2]) for cut in cuts]
+    state = in_runs(tile, cuts)
+    exact, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
+    out, lse = finalize(*state)
+    plain, _ = finalize(*tile.forward())
+    assert relative_error(out, exact) <= 1.5 * relative_error(plain, exact) + 1e-6
+    assert torch.equal(lse > -math.inf, tile.visible.any(-1))
+    for other in (in_runs(tile, cuts), in_runs(tile, cuts, num_threads=3)):
+        assert all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+
+
+def test_what_is_not_finite_in_one_run_reaches_only_the_rows_that_see_it():
+    tile = full_tile(1, 2, 1, 100, 120, 24, upper=1)  # rows 30 .. 59 see a part of the second run, the first 30 nothing
+    tile.v[0, 0, 45, 3], tile.k[0, 0, 50, 1] = math.nan, math.inf
+    out, _ = finalize(*in_runs(tile, [30, 60]))
+    whole, _ = finalize(*tile.forward())
+    assert torch.equal(out.isfinite(), whole.isfinite())
+    assert out[0, :, :45].isfinite().all() and not out[0, :, 45:, 3].isfinite().any()
+    torch.testing.assert_close(out[whole.isfinite()], whole[whole.isfinite()], rtol=1e-5, atol=1e-5)
+
+
+def test_runs_of_bfloat16_need_not_all_lie_alike():
+    tile = full_tile(1, 2, 1, 40, 60, 16, dtype=torch.bfloat16, upper=20)
+    even = in_runs(tile, [30])
+    runs = [(tile.k[:, :, :30], tile.v[:, :, :30], None, 20, None, None)]
+    runs.append((stored(tile.k[:, :, 30:], "transposed"), stored(tile.v[:, :, 30:], "stepped"), None, -10, None, None))
+    state = empty_state(*tile.q.shape)
+    _native.absorb_runs(*state, tile.q, runs, scale=tile.scale)
+    torch.testing.assert_close(finalize(*state)[0], finalize(*even)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("runs", "error", "words"),
+    [
+        ([], TypeError, "runs must be a list of at least one"),
+        (None, TypeError, "runs must be a list"),
+        ([(1, 2)], TypeError, r"runs\[0\] must be a tuple \(k, v, lower, upper, lo, hi\)"),
+        ([(2, 5), (3, 5)], ValueError, r"runs\[1\]: q must have a multiple of the heads of k: q has 4, k has 3"),
+        ([(2, 5), (4, 5)], ValueError, r"runs\[1\]: k must have as many heads as in runs\[0\], 2, got 4"),
+    ],
+)
+def test_wrong_runs_are_refused_with_their_number(runs, error, words):
+    if runs and runs != [(1, 2)]:
+        made = (torch.zeros(2, heads, tokens, 8) for heads, tokens in runs)
+        runs = [(x, x, None, None, None, None) for x in made]
+    arguments = {name: x for name, x in good_arguments().items() if name not in "kv"}
+    with pytest.raises(error, match=words):
+        _native.absorb_runs(**arguments, runs=runs)
 
 
 @pytest.mark.parametrize("row_max", [0.0, -3.7, 41.3, -5000.2, 12345.6, 1e6])

@@ -43,8 +43,13 @@ def assert_every_rank_computes_every_shard(timed, named):
     assert {event["args"]["name"] for event in named if event["name"] == "process_name"} == {
         f"rank {rank}" for rank in range(NUM_RANKS)
     }
-    computed = Counter((event["pid"], event["args"]["phase"], event["name"]) for event in timed if event["tid"] == 0)
-    every = [(phase, f"shard {shard}") for phase in ("forward", "backward") for shard in range(NUM_RANKS)]
+    computed = Counter(
+        (event["pid"], event["args"]["phase"], int(shard))
+        for event in timed
+        if event["tid"] == 0
+        for shard in event["name"].removeprefix("shards").removeprefix("shard").split(",")
+    )
+    every = [(phase, shard) for phase in ("forward", "backward") for shard in range(NUM_RANKS)]
     assert computed == Counter((rank, *one) for rank in range(NUM_RANKS) for one in every)
     for rank in range(NUM_RANKS):  # a rank computes one thing at a time, and its clock runs forward
         mine = [(event["ts"], event["dur"]) for event in timed if (event["pid"], event["tid"]) == (rank, 0)]
@@ -123,7 +128,7 @@ def test_what_has_arrived_before_its_posting_is_over_has_flown_for_no_time():
         clock = observe.StepClock("forward", schedule)
         pending = Early()
         clock.posted()
-        clock.computed()
+        clock.computed((0,))
         clock.finish(schedule.steps[0], pending)
     (flight,) = records[0].flights
     assert flight.begin_ns == flight.end_ns == pending.arrived_ns and records[0].flight_s == 0

@@ -1,5 +1,6 @@
 """The CPU kernel. Arrays are whatever exports DLPack from CPU memory without a copy: torch tensors, NumPy arrays."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 class Info(TypedDict):
@@ -31,6 +32,20 @@ def absorb(
     i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T] or [B, H, T]; a row that
     sees none keeps its bits. row_max is near the largest score, not necessarily equal to it. num_threads 0 means
     every processor. The result does not depend on num_threads.
+    """
+
+def absorb_runs(
+    acc: Any,
+    row_max: Any,
+    row_sum: Any,
+    q: Any,
+    runs: Sequence[tuple[Any, Any, int | None, int | None, Any, Any]],
+    *,
+    scale: float,
+    num_threads: int = 0,
+) -> None:
+    """The same for several runs of keys and values, in their order: a list of (k, v, lower, upper, lo, hi), with
+    indices counted in each run. Queries are read, and the state is read and written, once for all.
     """
 
 def absorb_gradient(

@@ -60,7 +60,9 @@ def agree(
     rings: the rings that run side by side in the group, as lists of ranks; None: one ring of all.
     Raises the own refusal, PeerRefusedError, DisagreementError, or RankFailedError.
     """
-    answers = [_unpack(message) for message in transport.agree(call, _pack(call, terms))]
+    messages = transport.agree(call, _pack(call, terms))
+    unpacked = {message: _unpack(message) for message in set(messages)}  # most often all are equal
+    answers = [unpacked[message] for message in messages]
     if isinstance(terms, RingspanError):
         raise terms
     refusals = {rank: answer.text for rank, answer in enumerate(answers) if answer.refused}

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ringspan.kernels.contract import Kernel
+from ringspan.kernels.contract import Kernel, KeyRun
 from ringspan.observe import StepClock
-from ringspan.schedule.contract import Schedule
+from ringspan.schedule.contract import Schedule, Step
 from ringspan.state import SoftmaxState, state_dtype
 from ringspan.tile import RowIntervals, Tile
 from ringspan.traffic import Traffic
@@ -49,6 +49,7 @@ class Job:
 def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys."""
     state = SoftmaxState.empty(q)
+    work = _Absorbing(job, state, q, channel.in_place)
     clock = StepClock("forward", job.schedule)
     traffic = Traffic(channel, job.schedule, (k, v), job.key_lengths, job.flipped)
     clock.handed_out()
@@ -57,16 +58,51 @@ def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tupl
             k, v = traffic.visiting()  # first, or the shard before would still be held when one is allocated
             arriving = traffic.post_shards(step)
             clock.posted()
-            for tile in step.tiles:
-                rows, keys = tile.rows, tile.columns
-                job.kernel.absorb(
-                    state.select(rows), q[:, :, rows], k[:, :, keys], v[:, :, keys], job.visible(tile), job.scale
-                )
-            clock.computed()
-            traffic.receive_shard(arriving)
+            clock.computed(work.take(step, k, v))
+            traffic.receive_shard(arriving, still_read=work.is_waiting)
             clock.finish(step, arriving)
     channel.close()
     return state.finalize(q.dtype)
+
+
+class _Absorbing:
+    """Hands tiles to the kernel: at once, or where shards are small and read in place, some steps' tiles together."""
+
+    def __init__(self, job: Job, state: SoftmaxState, q: Tensor, in_place: bool) -> None:
+        self._job, self._state, self._q = job, state, q
+        self._enough_keys = job.kernel.enough_keys if in_place else 0
+        self._runs: dict[tuple[int, int], list[KeyRun]] = {}  # by first and last row
+        self._shards: list[int] = []  # whose tiles these are
+        self._num_keys = 0
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether tiles of earlier steps are still to be computed, on shards that must not be released."""
+        return bool(self._shards)
+
+    def take(self, step: Step, k: Tensor, v: Tensor) -> tuple[int, ...]:
+        """The shards whose tiles have been computed now."""
+        if step.tiles:
+            self._shards.append(step.shard)
+        for tile in step.tiles:
+            run = _rows_of(k, tile.columns), _rows_of(v, tile.columns), self._job.visible(tile)
+            self._runs.setdefault((tile.rows.start, tile.rows.stop), []).append(run)
+            self._num_keys += len(tile.keys)
+        if self._num_keys < self._enough_keys and step is not self._job.schedule.steps[-1]:
+            return ()
+        for (first, last), runs in self._runs.items():
+            rows = slice(first, last)
+            self._job.kernel.absorb_runs(self._state.select(rows), _rows_of(self._q, rows), runs, self._job.scale)
+        computed = tuple(self._shards)
+        self._runs.clear()
+        self._shards.clear()
+        self._num_keys = 0
+        return computed
+
+
+def _rows_of(x: Tensor, part: slice) -> Tensor:
+    """x[:, :, part] of [B, H, T, D]; taking a view that is all of x costs as much as a small step."""
+    return x if part == slice(0, x.shape[2]) else x[:, :, part]
 
 
 def backward(
@@ -95,7 +131,7 @@ def backward(
             rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
             for tile in step.tiles:
                 _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
-            clock.computed()
+            clock.computed((step.shard,) if step.tiles else ())
             traffic.receive_rides(step, riding, part, home)
             traffic.send_ride(step)
             traffic.receive_shard(arriving)

@@ -32,6 +32,7 @@ class StepRecord:
     phase: "forward" or "backward". place: how many steps this rank has finished, of num_steps.
     From begin_ns to handed_ns, handing out what others need (in shared memory, a copy of this rank's own shard); to
     posted_ns, in the first step, waiting for a core; to computed_ns, kernels; to end_ns, waiting for transfers.
+    computed: the shards whose tiles were computed; small ones may be left to a later step and computed together.
     flights: of what arrived by copy for the next step; empty where shards are read in place.
     """
 
@@ -44,6 +45,7 @@ class StepRecord:
     posted_ns: int
     computed_ns: int
     end_ns: int
+    computed: tuple[int, ...]
     flights: tuple[Flight, ...]
 
     @property
@@ -80,6 +82,7 @@ class StepClock:
         self._phase, self._num_steps, self._place = phase, len(schedule.steps), 0
         self._begin_ns = self._posted_ns = self._computed_ns = time.perf_counter_ns()
         self._handed_ns: int | None = None
+        self._computed: tuple[int, ...] = ()
 
     def handed_out(self) -> None:
         """Before the first step: this rank's own shard is where others can take it."""
@@ -88,8 +91,9 @@ class StepClock:
     def posted(self) -> None:
         self._posted_ns = time.perf_counter_ns()
 
-    def computed(self) -> None:
+    def computed(self, shards: tuple[int, ...]) -> None:
         self._computed_ns = time.perf_counter_ns()
+        self._computed = shards
 
     def finish(self, step: Step, shards: Pending, rides: Pending | None = None) -> None:
         """shards, rides: what the step received, now that it was waited for."""
@@ -110,6 +114,7 @@ class StepClock:
                 self._posted_ns,
                 self._computed_ns,
                 end_ns,
+                self._computed,
                 tuple(flights),
             )
             for callback in watchers:

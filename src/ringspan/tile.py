@@ -184,8 +184,8 @@ class Tile:
     def intervals(self) -> RowIntervals:
         """Local key indices that each row sees."""
         num_rows, num_keys = len(self.queries), len(self.keys)
-        if self._band is not None:
-            return RowIntervals(num_rows, num_keys, self._band)
+        if self._in_band is not None:
+            return self._in_band
         positions = np.arange(self.queries.start, self.queries.stop, self.queries.step, dtype=np.int64)
         lo, hi = (
             # Local index of the first key at or after a global position: a ceiling division.
@@ -199,6 +199,11 @@ class Tile:
         return self.intervals().kind
 
     @cached_property
+    def _in_band(self) -> RowIntervals | None:
+        band = self._band
+        return None if band is None else RowIntervals(len(self.queries), len(self.keys), band)
+
+    @property
     def _band(self) -> Band | None:
         """The tile as a diagonal band, where documents do not matter and both runs have one stride."""
         if not self.queries or not self.keys:

@@ -54,8 +54,9 @@ def _rows_of(rank: int) -> list[dict[str, Any]]:
 def _events(rank: int, record: observe.StepRecord) -> Iterator[dict[str, Any]]:
     step = record.step
     told = {"phase": record.phase, "step": step.index, "shard": step.shard, "tiles": len(step.tiles)}
-    if step.tiles:
-        yield _event(rank, _COMPUTING, f"shard {step.shard}", record.posted_ns, record.computed_ns, told)
+    if record.computed:
+        name = f"shard{'s' if len(record.computed) > 1 else ''} {', '.join(map(str, record.computed))}"
+        yield _event(rank, _COMPUTING, name, record.posted_ns, record.computed_ns, told)
     for flight in record.flights:
         name = f"{flight.what} {flight.hop.shard} from rank {flight.hop.peer}"
         told_of_flight = {"phase": record.phase, "step": step.index, "bytes": flight.num_bytes}

@@ -29,6 +29,7 @@ class Traffic:
         self._flipped = flipped
         self._own = Parcel(tuple(_flip(own, flipped)))
         self._visiting: Parcel = self._own
+        self._read: list[Parcel] = []  # visited before, and not released yet
         self._specs: dict[int, Spec] = {}  # of shards, by length
         self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
@@ -37,7 +38,8 @@ class Traffic:
             channel.post(0, _SHARDS, [(reader, self._own) for reader in schedule.readers])
 
     def visiting(self) -> tuple[Tensor, ...]:
-        return tuple(_flip(self._visiting.tensors, self._flipped))
+        tensors = self._visiting.tensors
+        return tuple(_flip(tensors, self._flipped)) if any(self._flipped) else tensors
 
     def post_step(self, step: Step, home: Sequence[Tensor]) -> tuple[Pending, Pending]:
         """Shards for the next step, and gradients that ride here. Where transfers run in order, the ride of step t
@@ -67,11 +69,17 @@ class Traffic:
             self._specs[length] = _spec(shapes, own)
         return self._specs[length]
 
-    def receive_shard(self, arriving: Pending) -> None:
-        """Wait for the step's hops; what arrived is visiting now, what was visiting may be overwritten."""
+    def receive_shard(self, arriving: Pending, still_read: bool = False) -> None:
+        """Wait for the step's hops; what arrived is visiting now. What was visiting may be overwritten, or only later,
+        with the next one of which that is true, if it is still read.
+        """
         arrived = arriving.wait()
         if self._visiting is not self._own:
-            self._channel.release(self._visiting)
+            self._read.append(self._visiting)
+        if not still_read:
+            for parcel in self._read:
+                self._channel.release(parcel)
+            self._read.clear()
         self._visiting = arrived[0] if arrived else self._own
 
     def _post_ride_receives(self, step: Step, home: Sequence[Tensor]) -> Pending:

@@ -14,6 +14,7 @@ documents or windows. Every kernel passes the one behaviour suite, tests/kernel_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +24,9 @@ from ringspan.state import SoftmaxState
 from ringspan.tile import RowIntervals
 
 SCRATCH_BYTES = 16 << 20  # what one kernel call may allocate beyond its arguments
+
+
+KeyRun = tuple[Tensor, Tensor, RowIntervals]  # k, v, and what the rows see of them
 
 
 class Kernel(Protocol):
@@ -38,12 +42,16 @@ class Kernel(Protocol):
 
     name: str
     sets_threads: bool  # whether it computes with kernels.threads.num_threads() threads
+    enough_keys: int  # a call that has fewer is dear beside what it computes
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
         """Why this kernel cannot serve such tensors here, or None if it can."""
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
         """Take one tile into the state."""
+
+    def absorb_runs(self, state: SoftmaxState, q: Tensor, runs: Sequence[KeyRun], scale: float) -> None:
+        """Take tiles of the same rows into the state: as one after the other, up to rounding."""
 
     def absorb_gradient(
         self,
@@ -60,3 +68,13 @@ class Kernel(Protocol):
         scale: float,
     ) -> None:
         """Add one tile's part to the gradients."""
+
+
+class TileByTile:
+    """For kernels to which several tiles are no less work than each alone."""
+
+    enough_keys = 0
+
+    def absorb_runs(self: Kernel, state: SoftmaxState, q: Tensor, runs: Sequence[KeyRun], scale: float) -> None:
+        for k, v, visible in runs:
+            self.absorb(state, q, k, v, visible, scale)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels.blocks import Block, blocks
-from ringspan.kernels.contract import SCRATCH_BYTES
+from ringspan.kernels.contract import SCRATCH_BYTES, TileByTile
 from ringspan.state import NEVER, SoftmaxState
 from ringspan.tile import Kind, RowIntervals
 
@@ -19,7 +19,7 @@ _SCORE_SIZED = 6  # temporaries of the size of a block's scores that are alive a
 _ROW_SIZED = 6  # the same of the size of its rows or keys times D
 
 
-class Reference:
+class Reference(TileByTile):
     name = "reference"
     sets_threads = False  # torch's own setting decides
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels import measured
-from ringspan.kernels.contract import SCRATCH_BYTES, Kernel
+from ringspan.kernels.contract import SCRATCH_BYTES, Kernel, TileByTile
 from ringspan.kernels.measured import Capability, Choose
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
@@ -85,7 +85,7 @@ def merge(state: SoftmaxState, out: Tensor, lse: Tensor) -> None:
         state.merge_(out, lse)
 
 
-class TorchCuda:
+class TorchCuda(TileByTile):
     """own: serves what the libraries do not. The others are the seams by which tests run this on a CPU."""
 
     name = "torch_cuda"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels.blocks import Block, blocks
-from ringspan.kernels.contract import SCRATCH_BYTES
+from ringspan.kernels.contract import SCRATCH_BYTES, TileByTile
 from ringspan.kernels.reference import Reference
 from ringspan.state import SoftmaxState
 from ringspan.tile import Band, Kind, Piece, RowIntervals
@@ -24,7 +24,7 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 _FEWEST_ROWS = 16  # pieces with fewer rows than this, on average, cost more as calls than the reference costs
 
 
-class TorchOps:
+class TorchOps(TileByTile):
     name = "torch_ops"
     sets_threads = False  # torch's own setting decides
 

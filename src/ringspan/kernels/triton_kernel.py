@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ringspan.errors import UnsupportedError, explain
+from ringspan.kernels.contract import TileByTile
 from ringspan.kernels.triton_configs import Config, Configs, configs
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
@@ -27,7 +28,7 @@ _SMALLEST_FACTOR = 2.0**-100  # in place of 0, which would make NaN of a hidden 
 _interpreter_lock = threading.Lock()
 
 
-class Triton:
+class Triton(TileByTile):
     name = "triton"
     sets_threads = False
 

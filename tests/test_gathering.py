@@ -1,0 +1,71 @@
+"""Small shards that are read in place are computed several steps at a time: what that changes, and what it must not."""
+
+import threading
+
+import pytest
+from whole import Case, check, ring
+
+from ringspan import run_local
+from ringspan.kernels.native import Native
+from ringspan.transport.local import _LocalChannel
+
+NUM_RANKS = 5
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """By thread: how many runs each kernel call had. No call may read what its rank has released before."""
+    found: dict[int, list[int]] = {}
+    released: dict[int, set[int]] = {}
+    absorb_runs, release = Native.absorb_runs, _LocalChannel.release
+
+    def spying_absorb_runs(self, state, q, runs, scale):
+        mine = threading.get_ident()
+        assert not {k.data_ptr() for k, _, _ in runs} & released.get(mine, set())
+        found.setdefault(mine, []).append(len(runs))
+        absorb_runs(self, state, q, runs, scale)
+
+    def spying_release(self, parcel):
+        released.setdefault(threading.get_ident(), set()).add(parcel.tensors[0].data_ptr())
+        release(self, parcel)
+
+    monkeypatch.setattr(Native, "absorb_runs", spying_absorb_runs)
+    monkeypatch.setattr(_LocalChannel, "release", spying_release)
+    return found
+
+
+def forward(enough_keys, monkeypatch, case):
+    monkeypatch.setattr(Native, "enough_keys", enough_keys)
+    check(case, run_local(ring, NUM_RANKS, case, timeout=60)[0])
+
+
+@pytest.mark.parametrize(
+    ("enough_keys", "runs"),
+    [(0, [1, 1, 1, 1, 1]), (20, [1, 1, 1, 1, 1]), (21, [2, 2, 1]), (45, [3, 2]), (10**9, [5])],
+)
+def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, calls, monkeypatch):
+    forward(enough_keys, monkeypatch, Case(100))
+    assert list(calls.values()) == [runs] * NUM_RANKS
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(causal=True), dict(window_size=(30, 5)), dict(causal=True, cu_seqlens=[0, 33, 34, 70, 131])],
+    ids=str,
+)
+@pytest.mark.parametrize("enough_keys", [0, 60, 10**9])
+def test_every_mask_and_layout_is_exact_however_many_are_gathered(enough_keys, options, layout, calls, monkeypatch):
+    forward(enough_keys, monkeypatch, Case(131, 4, 2, layout=layout, options=options))
+
+
+def test_what_is_copied_is_computed_step_by_step(monkeypatch):
+    """Its buffers are needed for the next shard."""
+    monkeypatch.setattr(_LocalChannel, "in_place", False)
+    monkeypatch.setattr(Native, "enough_keys", 10**9)
+    seen = []
+    absorb_runs = Native.absorb_runs
+    monkeypatch.setattr(Native, "absorb_runs", lambda *args: (seen.append(len(args[3])), absorb_runs(*args)))
+    case = Case(100)
+    check(case, run_local(ring, NUM_RANKS, case, timeout=60)[0])
+    assert seen == [1] * NUM_RANKS**2
