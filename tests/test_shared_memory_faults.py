@@ -17,6 +17,7 @@ import torch.distributed as dist
 from processes import results, run_processes
 
 import ringspan
+from ringspan import call
 from ringspan.transport import inbox, segments
 from ringspan.transport.process_group import transport_of
 
@@ -150,7 +151,8 @@ def fail_and_overwrite(rank):
         absorb(*args)
 
     for kernel in KERNELS:
-        kernel.absorb = fail if rank == 0 else functools.partial(held, absorb=kernel.absorb)
+        kernel.enough_keys = 0  # or the small shards would be one call
+        kernel.absorb_runs = fail if rank == 0 else functools.partial(held, absorb=kernel.absorb_runs)
     try:
         return ringspan.ring_attention(q, k, v, causal=True)
     except MemoryError:
@@ -166,19 +168,20 @@ def test_what_was_read_of_a_rank_that_failed_meanwhile_is_no_result():
     assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
 
 
-def interrupt(rank, **refused):
+def interrupt(rank, at=(inbox.Inbox, "sleep"), **refused):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ringspan.ring_attention(*shards(rank))
     store().set(f"done/{rank}", "")
     store().wait([f"done/{other}" for other in range(3)])  # or the first call would be the one that is given up
-    if rank == 1:  # so that rank 0 has to wait for it
+    if rank == 1 and at[0] is inbox.Inbox:  # so that rank 0 has to wait for it
         store().wait(["interrupted"])
     if rank == 0:
-        sleep = inbox.Inbox.sleep
-        inbox.Inbox.sleep = lambda *args: (os.kill(os.getpid(), signal.SIGINT), sleep(*args))[1]
+        place, name = at
+        plain = getattr(place, name)
+        setattr(place, name, lambda *args: (os.kill(os.getpid(), signal.SIGINT), plain(*args))[1])
         with pytest.raises(KeyboardInterrupt):
             ringspan.ring_attention(*shards(rank), **refused)
-        inbox.Inbox.sleep = sleep
+        setattr(place, name, plain)
         store().set("interrupted", "")
     try:
         ringspan.ring_attention(*shards(rank))
@@ -190,7 +193,12 @@ def interrupt_refusal(rank):
     return interrupt(rank, layout="nonsense")
 
 
-@pytest.mark.parametrize("work", [interrupt, interrupt_refusal])
+def interrupt_decision(rank):
+    """All have agreed, and the others may be computing already."""
+    return interrupt(rank, at=(call, "_decide"))
+
+
+@pytest.mark.parametrize("work", [interrupt, interrupt_refusal, interrupt_decision])
 def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others(work):
     first, *others = results(run_processes(work, 3, group_timeout_s=600, limit_s=60))
     assert "this process group is done for" in first and "KeyboardInterrupt" in first
@@ -217,7 +225,8 @@ def fail_towards_a_full_pipe(rank):
         absorb(*args)
 
     for kernel in KERNELS:
-        kernel.absorb = fail if rank == 0 else functools.partial(held, absorb=kernel.absorb)
+        kernel.enough_keys = 0  # or the small shards would be one call
+        kernel.absorb_runs = fail if rank == 0 else functools.partial(held, absorb=kernel.absorb_runs)
     try:
         return ringspan.ring_attention(*shards(rank))
     except MemoryError:
@@ -495,11 +504,11 @@ def test_small_calls_do_not_keep_the_memory_of_a_large_one():
     pool.give_back(large, 1)
     del large
     before = mappings()
-    for call in range(2, 12):
+    for number in range(2, 12):
         small = pool.take(1000)
         assert small.numel() < MIB
-        pool.give_back(small, call)
-        pool.end_call(call)
+        pool.give_back(small, number)
+        pool.end_call(number)
     del small
     assert mappings() == before, "the large one gone, a small one made"
     again = pool.take(2000)

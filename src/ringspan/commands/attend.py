@@ -91,7 +91,8 @@ def attend_shard(
         seconds = time.perf_counter() - begin
         peak_bytes = memory.beyond_bytes() if memory else None
     compute_s, wait_s, flight_s = (sum(getattr(one, f"{what}_s") for one in records) for what in _PARTS)
-    return out, lse, Spent(seconds, compute_s, wait_s, flight_s, peak_bytes)
+    copied = any(record.flights for record in records)
+    return out, lse, Spent(seconds, compute_s, wait_s, flight_s if copied else None, peak_bytes)
 
 
 def _nothing(_: object) -> None:

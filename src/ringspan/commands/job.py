@@ -66,14 +66,14 @@ class Job:
 class Spent:
     """What one worker's call took.
 
-    flight_s: how long what it received by copy was on its way; 0 where all was read in place. peak_bytes: memory at
-    most, beyond its inputs; None where unknown.
+    flight_s: how long what it received by copy was on its way; None where nothing was. peak_bytes: memory at most,
+    beyond its inputs; None where unknown.
     """
 
     seconds: float
     compute_s: float
     wait_s: float
-    flight_s: float
+    flight_s: float | None
     peak_bytes: int | None
 
 

@@ -158,10 +158,14 @@ def _shares(shares: list[float]) -> str:
 
 def _transfers(spent: Sequence[Spent]) -> str:
     """Hidden is what a worker did not wait for, of the time that shards were on their way to it."""
-    hidden = sorted(max(0.0, 1 - one.wait_s / one.flight_s) for one in spent if one.flight_s)
+    hidden = sorted(_hidden(one.wait_s, one.flight_s) for one in spent if one.flight_s is not None)
     if not hidden:
         return "none: shards are read in place"
     return f"{_spread([f'{share:.0%}' for share in hidden])} of their time hidden behind computing"
+
+
+def _hidden(wait_s: float, flight_s: float) -> float:
+    return max(0.0, 1 - wait_s / flight_s) if flight_s else 1.0  # all had arrived before its posting was over
 
 
 def _spread(ascending: list[str]) -> str:
@@ -174,7 +178,7 @@ def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
     if not peaks:
         return "not measured" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs, all workers together"
     state, scratch = _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
-    if job.num_workers == 1 or any(one.flight_s for one in spent):
+    if job.num_workers == 1 or any(one.flight_s is not None for one in spent):
         shards = f"2 K/V shards {_mib(2 * _kv_bytes(job))}"
     else:  # mapped pages count for every process that maps them
         shards = f"{job.num_workers} K/V shards, one copy for all, {_mib(job.num_workers * _kv_bytes(job))}"

@@ -51,7 +51,10 @@ class Native:
 
     def absorb_runs(self, state: SoftmaxState, q: Tensor, runs: Sequence[KeyRun], scale: float) -> None:
         _native.absorb_runs(
-            *map(to_dlpack, (state.acc, state.row_max, state.row_sum, q)),
+            to_dlpack(state.acc),
+            to_dlpack(state.row_max),
+            to_dlpack(state.row_sum),
+            to_dlpack(q),
             [(to_dlpack(k), to_dlpack(v), *_visibility(visible).values()) for k, v, visible in runs],
             scale=scale,
             num_threads=num_threads(),
