@@ -1,7 +1,8 @@
 """THE LOOP: runs one rank's schedule, forward and backward. The only place where kernels and transports meet.
 
 In each step the hop for the next one is posted, then the tiles are computed on the shard that is here, then the
-hop is waited for. What is computed, what is sent and in which order was decided before, in integers.
+hop is waited for. What is computed, what is sent and in which order was decided before, in integers. (Where shards
+are small and read in place, the forward computes some steps' tiles together.)
 """
 
 from __future__ import annotations
@@ -65,8 +66,44 @@ def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tupl
     return state.finalize(q.dtype)
 
 
+def backward(
+    job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq [B, H, T, D], dk, dv [B, K, S, D] in the state's dtype, of this rank's queries, keys and values."""
+    dtype = state_dtype(q.dtype)
+    keys_travel = job.schedule.travels == "keys"
+    rows_in: Tensors = (q, do, lse, delta)
+    keys_in: Tensors = (k, v)
+    rows_out: Tensors = (_zeros(q, dtype),)
+    keys_out: Tensors = (_zeros(k, dtype), _zeros(v, dtype))
+    staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
+    sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
+    lengths = job.key_lengths if keys_travel else job.query_lengths
+    clock = StepClock("backward", job.schedule)
+    traffic = Traffic(channel, job.schedule, travelling, lengths, job.flipped)
+    clock.handed_out()
+    with channel.computing():
+        for step in job.schedule.steps:
+            visiting = traffic.visiting()
+            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
+            arriving, riding = traffic.post_step(step, home)
+            clock.posted()
+            part = traffic.begin_part(home) if step.index and step.tiles else home
+            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
+            for tile in step.tiles:
+                _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
+            clock.computed((step.shard,) if step.tiles else ())
+            traffic.receive_rides(step, riding, part, home)
+            traffic.send_ride(step)
+            traffic.receive_shard(arriving)
+            clock.finish(step, arriving, riding)
+    traffic.finish()
+    (dq,), (dk, dv) = rows_out, keys_out
+    return dq, dk, dv
+
+
 class _Absorbing:
-    """Hands tiles to the kernel: at once, or where shards are small and read in place, some steps' tiles together."""
+    """Hands tiles to the kernel: at once, or some steps' tiles together (docs/decisions/0011-small-shards.md)."""
 
     def __init__(self, job: Job, state: SoftmaxState, q: Tensor, in_place: bool) -> None:
         self._job, self._state, self._q = job, state, q
@@ -103,42 +140,6 @@ class _Absorbing:
 def _rows_of(x: Tensor, part: slice) -> Tensor:
     """x[:, :, part] of [B, H, T, D]; taking a view that is all of x costs as much as a small step."""
     return x if part == slice(0, x.shape[2]) else x[:, :, part]
-
-
-def backward(
-    job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [B, H, T, D], dk, dv [B, K, S, D] in the state's dtype, of this rank's queries, keys and values."""
-    dtype = state_dtype(q.dtype)
-    keys_travel = job.schedule.travels == "keys"
-    rows_in: Tensors = (q, do, lse, delta)
-    keys_in: Tensors = (k, v)
-    rows_out: Tensors = (_zeros(q, dtype),)
-    keys_out: Tensors = (_zeros(k, dtype), _zeros(v, dtype))
-    staying, travelling = (rows_in, keys_in) if keys_travel else (keys_in, rows_in)
-    sums, home = (rows_out, keys_out) if keys_travel else (keys_out, rows_out)
-    lengths = job.key_lengths if keys_travel else job.query_lengths
-    clock = StepClock("backward", job.schedule)
-    traffic = Traffic(channel, job.schedule, travelling, lengths, job.flipped)
-    clock.handed_out()
-    with channel.computing():
-        for step in job.schedule.steps:
-            visiting = traffic.visiting()
-            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
-            arriving, riding = traffic.post_step(step, home)
-            clock.posted()
-            part = traffic.begin_part(home) if step.index and step.tiles else home
-            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
-            for tile in step.tiles:
-                _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
-            clock.computed((step.shard,) if step.tiles else ())
-            traffic.receive_rides(step, riding, part, home)
-            traffic.send_ride(step)
-            traffic.receive_shard(arriving)
-            clock.finish(step, arriving, riding)
-    traffic.finish()
-    (dq,), (dk, dv) = rows_out, keys_out
-    return dq, dk, dv
 
 
 def _absorb_gradient(
