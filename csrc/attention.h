@@ -56,7 +56,7 @@ struct KeyRun {
 };
 
 // Softmax state of a row: numerator acc * e^row_max, denominator row_sum * e^row_max; (0, -inf, 0) has seen nothing.
-// The runs are absorbed in their order. Their sizes differ in the number of keys alone.
+// The runs are absorbed in their order, with the bits of one call after the other. Their sizes differ in the number of keys alone.
 struct AbsorbCall {
     Output acc;
     RowValues row_max, row_sum;

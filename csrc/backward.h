@@ -11,8 +11,9 @@ constexpr int kQueryBlock = 64;
 constexpr int kQueryPanels = kQueryBlock / kPanel;
 constexpr int kKeyTilesPerItem = 224 / kRows;
 constexpr int kItemKeys = kKeyTilesPerItem * kRows;
-constexpr int kDqRows = kRows < 8 ? 4 : kRows < 16 ? 8 : 16;  // accumulator rows of the product for dq: divides kPanel
-static_assert(kPanel % kDqRows == 0 && kQueryBlock % kPanel == 0);
+// Rows of accumulators in the product for dq. They need not divide kPanel: the last ones are then computed twice.
+constexpr int kDqRows = kRows < 8 ? 4 : kRows < 16 ? 11 : 16;
+static_assert(kDqRows <= kPanel && kQueryBlock % kPanel == 0);
 
 struct KeyTile {
     int32_t begin, end;
@@ -273,7 +274,8 @@ static void add_to_queries(const GradientCall& call, int64_t b, GradientScratch&
     for (int64_t d = 0; d < dim; d += kPanel) {
         const float* keys = scratch.key_rows + d * kItemKeys + first * kRows * kPanel;
         float sums[kPanel * kPanel];
-        for (int r = 0; r < kPanel; r += kDqRows) {
+        for (int next = 0; next < kPanel; next += kDqRows) {
+            const int r = next + kDqRows <= kPanel ? next : kPanel - kDqRows;
             Floats acc[kDqRows][kVectors] = {};
             multiply<kDqRows, 1, kPanel>(acc, ds + r, keys, num_keys);
             store_block(sums + r * kPanel, acc);
@@ -281,7 +283,12 @@ static void add_to_queries(const GradientCall& call, int64_t b, GradientScratch&
         for (int r = 0; r < kPanel; ++r) {
             if (block.lo[panel * kPanel + r] >= block.hi[panel * kPanel + r]) continue;
             float* dq = call.dq.row(b, block.head, block.first_row + panel * kPanel + r) + d;
-            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) dq[i] += call.scale * sums[r * kPanel + i];
+            if (d + kPanel <= dim) {
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanel; v += kLanes) store(dq + v, multiply_add(load(sums + r * kPanel + v), all(call.scale), load(dq + v)));
+            } else {
+                for (int64_t i = 0; d + i < dim; ++i) dq[i] += call.scale * sums[r * kPanel + i];
+            }
         }
     }
 }

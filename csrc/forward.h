@@ -104,21 +104,29 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
     tile.started_rows[r] = true;
 }
 
-static void store_state(const AbsorbCall& call, int64_t b, const Tile& tile) {
-    const int64_t dim = call.sizes().dim;
-    for (int r = 0; r < kRows; ++r) {
-        if (!tile.started_rows[r]) continue;
-        const int64_t t = tile.first_row + r;
+static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r) {
+    const int64_t dim = call.sizes().dim, t = tile.first_row + r;
+    const float sum = sum_of(load(tile.sums + r * kLanes));
+    // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
+    const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
+    // acc 2^reference = acc e^(reference ln(2)) = (acc e^rest) e^row_max
+    const float row_max = reference * kLn2;
+    const float factor = reference == 0 ? 1 : exp2(left_over(reference, kLn2, kLn2Rest, row_max) * kLog2E);
+    call.row_max.at(b, tile.head, t) = row_max;
+    call.row_sum.at(b, tile.head, t) = sum * factor;
+    float* acc = call.acc.row(b, tile.head, t);
+    for (int64_t d = 0; d < dim; d += kPanel) scale_run(tile.acc + d * kRows + r * kPanel, factor, dim - d, acc + d);
+}
+
+// Rounds a row's state as storing and loading it would. So runs give the same bits in one call and in several.
+static void settle_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
+    if (tile.reference[r] == 0) {  // all is stored as it is, but for the sum
         const float sum = sum_of(load(tile.sums + r * kLanes));
-        // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
-        const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
-        // acc 2^reference = acc e^(reference ln(2)) = (acc e^rest) e^row_max
-        const float row_max = reference * kLn2;
-        const float factor = reference == 0 ? 1 : exp2(left_over(reference, kLn2, kLn2Rest, row_max) * kLog2E);
-        call.row_max.at(b, tile.head, t) = row_max;
-        call.row_sum.at(b, tile.head, t) = sum * factor;
-        float* acc = call.acc.row(b, tile.head, t);
-        for (int64_t d = 0; d < dim; d += kPanel) scale_run(tile.acc + d * kRows + r * kPanel, factor, dim - d, acc + d);
+        store(tile.sums + r * kLanes, all(0));
+        tile.sums[r * kLanes] = sum;
+    } else {
+        store_row(call, b, tile, r);
+        load_row(call, b, tile, r);
     }
 }
 
@@ -158,9 +166,13 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     if (!tile.started) start_tile(call, item, tile);
     tile.references_are_positive = false;
     for (int r = 0; r < tile.rows; ++r) {
-        const bool sees = tile.lo[r] < tile.hi[r];
-        if (sees && !tile.started_rows[r]) load_row(call, item.batch, tile, r);
-        if (!sees && tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
+        if (tile.lo[r] >= tile.hi[r]) {
+            if (tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
+        } else if (tile.started_rows[r]) {
+            settle_row(call, item.batch, tile, r);
+        } else {
+            load_row(call, item.batch, tile, r);
+        }
     }
 }
 
@@ -367,7 +379,11 @@ static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* me
     const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
     for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);
     for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], num_tiles, scratch);
-    for (int i = 0; i < num_tiles; ++i) store_state(call, item.batch, scratch.tiles[i]);
+    for (int i = 0; i < num_tiles; ++i) {
+        for (int r = 0; r < kRows; ++r) {
+            if (scratch.tiles[i].started_rows[r]) store_row(call, item.batch, scratch.tiles[i], r);
+        }
+    }
 }
 
 }  // namespace ringspan::RINGSPAN_ISA

@@ -283,7 +283,7 @@ class KernelBehaviour:
         assert_backward_exact(tile, found)
 
     @visible_kinds
-    def test_absorbing_runs_together_is_as_exact_as_in_one_go(self, kind, dtype):
+    def test_runs_absorbed_together_have_the_bits_of_one_after_the_other(self, kind, dtype):
         tile = make_tile(VISIBLE[kind](131, 190), batch=BATCH, heads=HEADS, kv_heads=2, dtype=dtype)
         state = SoftmaxState.empty(tile.q)
         rows = slice(0, 131)
@@ -293,6 +293,10 @@ class KernelBehaviour:
             for keys in reversed(_pieces(0, 60, 60, 61, 128, 190))
         ]
         self.kernel.absorb_runs(state, tile.q, runs, tile.scale)
+        apart = SoftmaxState.empty(tile.q)
+        for run in runs:
+            self.kernel.absorb(apart, tile.q, *run, tile.scale)
+        assert torch.equal(state.acc, apart.acc) and torch.equal(state.row_sum, apart.row_sum)
         assert_forward_exact(tile, *state.finalize(tile.q.dtype), self.rounds_weights)
 
     def test_the_error_does_not_grow_with_the_number_of_pieces(self):

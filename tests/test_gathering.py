@@ -1,8 +1,10 @@
 """Small shards that are read in place are computed several steps at a time: what that changes, and what it must not."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 from whole import Case, check, ring
 
 from ringspan import run_local
@@ -14,7 +16,7 @@ NUM_RANKS = 5
 
 @pytest.fixture
 def calls(monkeypatch):
-    """By thread: how many runs each kernel call had. No call may read what its rank has released before."""
+    """By thread: how many runs each kernel call had, and what it released, which it must not read afterwards."""
     found: dict[int, list[int]] = {}
     released: dict[int, set[int]] = {}
     absorb_runs, release = Native.absorb_runs, _LocalChannel.release
@@ -31,12 +33,15 @@ def calls(monkeypatch):
 
     monkeypatch.setattr(Native, "absorb_runs", spying_absorb_runs)
     monkeypatch.setattr(_LocalChannel, "release", spying_release)
-    return found
+    return SimpleNamespace(runs=found, released=released)
 
 
-def forward(enough_keys, monkeypatch, case):
+def forward(enough_keys, calls, monkeypatch, case):
+    calls.released.clear()  # memory may be given out again in the next ring
     monkeypatch.setattr(Native, "enough_keys", enough_keys)
-    check(case, run_local(ring, NUM_RANKS, case, timeout=60)[0])
+    found = run_local(ring, NUM_RANKS, case, timeout=60)[0]
+    check(case, found)
+    return found
 
 
 @pytest.mark.parametrize(
@@ -44,8 +49,8 @@ def forward(enough_keys, monkeypatch, case):
     [(0, [1, 1, 1, 1, 1]), (20, [1, 1, 1, 1, 1]), (21, [2, 2, 1]), (45, [3, 2]), (10**9, [5])],
 )
 def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, calls, monkeypatch):
-    forward(enough_keys, monkeypatch, Case(100))
-    assert list(calls.values()) == [runs] * NUM_RANKS
+    forward(enough_keys, calls, monkeypatch, Case(100))
+    assert list(calls.runs.values()) == [runs] * NUM_RANKS
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
@@ -54,9 +59,11 @@ def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, call
     [{}, dict(causal=True), dict(window_size=(30, 5)), dict(causal=True, cu_seqlens=[0, 33, 34, 70, 131])],
     ids=str,
 )
-@pytest.mark.parametrize("enough_keys", [0, 60, 10**9])
-def test_every_mask_and_layout_is_exact_however_many_are_gathered(enough_keys, options, layout, calls, monkeypatch):
-    forward(enough_keys, monkeypatch, Case(131, 4, 2, layout=layout, options=options))
+def test_every_mask_and_layout_has_the_same_bits_however_many_are_gathered(options, layout, calls, monkeypatch):
+    case = Case(131, 4, 2, layout=layout, options=options)
+    alone, some, all_at_once = (forward(enough_keys, calls, monkeypatch, case) for enough_keys in (0, 60, 10**9))
+    for name, x in alone.items():
+        assert torch.equal(x, some[name]) and torch.equal(x, all_at_once[name]), name
 
 
 def test_what_is_copied_is_computed_step_by_step(monkeypatch):

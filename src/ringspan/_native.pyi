@@ -45,7 +45,8 @@ def absorb_runs(
     num_threads: int = 0,
 ) -> None:
     """The same for several runs of keys and values, in their order: a list of (k, v, lower, upper, lo, hi), with
-    indices counted in each run. Queries are read, and the state is read and written, once for all.
+    indices counted in each run. Queries are read, and the state is read and written, once for all; the bits are those
+    of one call after the other.
     """
 
 def absorb_gradient(

@@ -108,7 +108,7 @@ class _Absorbing:
     def __init__(self, job: Job, state: SoftmaxState, q: Tensor, in_place: bool) -> None:
         self._job, self._state, self._q = job, state, q
         self._enough_keys = job.kernel.enough_keys if in_place else 0
-        self._runs: dict[tuple[int, int], list[KeyRun]] = {}  # by first and last row
+        self._runs: list[tuple[slice, list[KeyRun]]] = []  # by rows, in the order of the steps
         self._shards: list[int] = []  # whose tiles these are
         self._num_keys = 0
 
@@ -123,12 +123,13 @@ class _Absorbing:
             self._shards.append(step.shard)
         for tile in step.tiles:
             run = _rows_of(k, tile.columns), _rows_of(v, tile.columns), self._job.visible(tile)
-            self._runs.setdefault((tile.rows.start, tile.rows.stop), []).append(run)
+            if not self._runs or self._runs[-1][0] != tile.rows:
+                self._runs.append((tile.rows, []))
+            self._runs[-1][1].append(run)
             self._num_keys += len(tile.keys)
         if self._num_keys < self._enough_keys and step is not self._job.schedule.steps[-1]:
             return ()
-        for (first, last), runs in self._runs.items():
-            rows = slice(first, last)
+        for rows, runs in self._runs:
             self._job.kernel.absorb_runs(self._state.select(rows), _rows_of(self._q, rows), runs, self._job.scale)
         computed = tuple(self._shards)
         self._runs.clear()

@@ -51,7 +51,7 @@ class Kernel(Protocol):
         """Take one tile into the state."""
 
     def absorb_runs(self, state: SoftmaxState, q: Tensor, runs: Sequence[KeyRun], scale: float) -> None:
-        """Take tiles of the same rows into the state: as one after the other, up to rounding."""
+        """Take tiles of the same rows into the state: with the bits of one after the other."""
 
     def absorb_gradient(
         self,
