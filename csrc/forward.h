@@ -49,6 +49,7 @@ struct KeyBlock {
 struct AbsorbScratch {
     Tile tiles[kQueryTilesPerItem];
     KeyBlock block;
+    Fetch fetch;     // of the block that comes next
     float* weights;  // [key panel][kRows][kPanel]: scores, then 2^(score - reference)
 };
 
@@ -202,10 +203,12 @@ static void hide(const Tile& tile, int32_t first_key, float* panel) {
 }
 
 // score - reference of the key panels first .. last, from pairs.
-static void compute_scores_of_pairs(const Tile& tile, const KeyBlock& block, int64_t num_pairs, float scale, int first, int last, float* weights) {
+static void compute_scores_of_pairs(const Tile& tile, const KeyBlock& block, int64_t num_pairs, float scale, int first, int last, float* weights,
+                                    Fetch& fetch) {
     if constexpr (kHasPairs) {
         with_rows(tile.rows, [&]<int kR>() {
             for (int p = first; p < last; ++p) {
+                fetch_some(fetch);
                 Floats acc[kR][kVectors] = {};
                 multiply<kR, 1, kRows, true>(acc, tile.queries, block.keys + p * kPanel * num_pairs, num_pairs);
 #pragma GCC unroll 32
@@ -220,9 +223,10 @@ static void compute_scores_of_pairs(const Tile& tile, const KeyBlock& block, int
 }
 
 // The same from float32. The sum starts at -reference: no subtraction is left to do.
-static void compute_scores(const Tile& tile, const KeyBlock& block, int64_t dim, int first, int last, float* weights) {
+static void compute_scores(const Tile& tile, const KeyBlock& block, int64_t dim, int first, int last, float* weights, Fetch& fetch) {
     with_rows(tile.rows, [&]<int kR>() {
         for (int p = first; p < last; ++p) {
+            fetch_some(fetch);
             Floats acc[kR][kVectors];
 #pragma GCC unroll 32
             for (int r = 0; r < kR; ++r) {
@@ -313,12 +317,23 @@ static void add_visible_values(Tile& tile, const KeyBlock& block, int64_t dim, c
     }
 }
 
-static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, const KeyBlock& block, float* weights) {
-    const int64_t dim = run.sizes.dim;
-    if (!tile.span.sees(block.begin, block.end)) return;
+// The keys of a block that a tile sees. The panels first .. last hold them.
+struct SeenKeys {
+    int32_t begin, end;
+    int first, last;
+};
+
+static SeenKeys seen_of(const KeyBlock& block, const Tile& tile) {
+    if (!tile.span.sees(block.begin, block.end)) return {};
     const int32_t begin = tile.span.begin > block.begin ? tile.span.begin : block.begin;
     const int32_t end = tile.span.end < block.end ? tile.span.end : block.end;
-    const int first = (begin - block.begin) / kPanel, last = (end - block.begin + kPanel - 1) / kPanel;
+    return {begin, end, (begin - block.begin) / kPanel, (end - block.begin + kPanel - 1) / kPanel};
+}
+
+static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, const KeyBlock& block, float* weights, Fetch& fetch) {
+    const int64_t dim = run.sizes.dim;
+    const auto [begin, end, first, last] = seen_of(block, tile);
+    if (first == last) return;
 
     float largest_key = 0;
     bool finite_values = true;
@@ -329,9 +344,9 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     const bool safe = tile.largest_query * largest_key <= kSafeScore * kSafeScore;
     if (safe && !tile.references_are_positive) make_references_positive(tile, block, dim);
     if (call.bfloat16_pairs) {
-        compute_scores_of_pairs(tile, block, dim / 2, base_two_scale(call.scale), first, last, weights);
+        compute_scores_of_pairs(tile, block, dim / 2, base_two_scale(call.scale), first, last, weights, fetch);
     } else {
-        compute_scores(tile, block, dim, first, last, weights);
+        compute_scores(tile, block, dim, first, last, weights, fetch);
     }
     for (int p = first; p < last; ++p) {
         const int32_t key = block.begin + p * kPanel;
@@ -347,7 +362,13 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     });
 }
 
-static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const KeyRun& run, int num_tiles, AbsorbScratch& scratch) {
+static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int num_times) {
+    const int64_t last = end - begin < kKeyBlock ? end : begin + kKeyBlock;
+    return fetch_of(tokens_of(run.k, item.batch, item.kv_head), tokens_of(run.v, item.batch, item.kv_head), run.sizes.dim, begin, last, num_times);
+}
+
+// next: the run that comes after it, or null.
+static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const KeyRun& run, const KeyRun* next, int num_tiles, AbsorbScratch& scratch) {
     int32_t begin = INT32_MAX, end = 0;
     for (int i = 0; i < num_tiles; ++i) {
         Tile& tile = scratch.tiles[i];
@@ -359,17 +380,20 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
     for (block.begin = begin / kKeyBlock * kKeyBlock; block.begin < end; block.begin += kKeyBlock) {
         block.end = end - block.begin < kKeyBlock ? end : block.begin + kKeyBlock;
         int32_t first = INT32_MAX, last = 0;  // what the tiles see of the block
+        int num_panels = 0;
         for (int i = 0; i < num_tiles; ++i) {
-            const Span& span = scratch.tiles[i].span;
-            if (!span.sees(block.begin, block.end)) continue;
-            first = span.begin < first ? span.begin : first;
-            last = span.end > last ? span.end : last;
+            const SeenKeys seen = seen_of(block, scratch.tiles[i]);
+            if (seen.first == seen.last) continue;
+            first = seen.begin < first ? seen.begin : first;
+            last = seen.end > last ? seen.end : last;
+            num_panels += seen.last - seen.first;
         }
-        if (first >= last) continue;
-        first = first > block.begin ? first : block.begin;
-        last = last < block.end ? last : block.end;
+        if (num_panels == 0) continue;
         pack_block(run, item, call.bfloat16_pairs, first, last, block);
-        for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights);
+        scratch.fetch = block.end < end ? fetch_block(run, item, block.end, end, num_panels)
+                        : next          ? fetch_block(*next, item, 0, next->sizes.keys, num_panels)
+                                        : Fetch{};
+        for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights, scratch.fetch);
     }
 }
 
@@ -378,7 +402,7 @@ static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* me
     lay_out(scratch, static_cast<float*>(memory), call.sizes().dim);
     const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
     for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);
-    for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], num_tiles, scratch);
+    for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], n + 1 < call.num_runs ? &call.runs[n + 1] : nullptr, num_tiles, scratch);
     for (int i = 0; i < num_tiles; ++i) {
         for (int r = 0; r < kRows; ++r) {
             if (scratch.tiles[i].started_rows[r]) store_row(call, item.batch, scratch.tiles[i], r);

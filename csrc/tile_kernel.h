@@ -11,6 +11,7 @@
 #include "mask.h"
 #include "multiply.h"
 #include "pack.h"
+#include "fetch.h"
 #include "forward.h"
 #include "backward.h"
 
