@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -355,15 +356,19 @@ class _LocalChannel(Channel):
         sends: Sequence[tuple[int, Parcel]] = (),
         receives: Sequence[tuple[int, Spec]] = (),
     ) -> Pending:
-        ready = self._streams.mark() if sends else None
-        for peer, parcel in sends:
-            owner = self.rank if parcel.owner is None else parcel.owner
-            self._count_readers(owner, +1)
+        if sends:
+            self._lend(index, lane, sends, self._streams.mark())
+        return _LocalPending(self, index, lane, receives)
+
+    def _lend(self, index: int, lane: int, sends: Sequence[tuple[int, Parcel]], ready: Any) -> None:
+        owners = [self.rank if parcel.owner is None else parcel.owner for _, parcel in sends]
+        for owner, count in Counter(owners).items():  # before any of them can be released
+            self._count_readers(owner, count)
+        for (peer, parcel), owner in zip(sends, owners, strict=True):
             box = self._board.boxes[self._members[peer]]
             with box.changed:
                 box.parcels[(self._call, self._group_rank, index, lane)] = Parcel(parcel.tensors, owner, ready)
                 box.changed.notify_all()
-        return _LocalPending(self, index, lane, receives)
 
     def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
         source = self._members[peer]
