@@ -8,8 +8,9 @@ from command_line import CommandLine, command, expected, relative, write_input
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ringspan.commands import check
+from ringspan.commands import check, report
 from ringspan.commands.asked import Asked
+from ringspan.commands.job import Spent
 from ringspan.commands.source import RandomSource
 from ringspan.layout import LAYOUTS, split
 
@@ -59,6 +60,20 @@ def test_processes_write_what_the_definition_says_and_tell_how_it_went(tmp_path)
         line for line in ended.err.splitlines() if re.match(r"step \d+ of 3 of worker 0, about \d+ s left", line)
     ]  # no terminal, so plain lines
     assert set(tmp_path.iterdir()) == {path, out}
+
+
+@pytest.mark.parametrize(
+    ("waits_and_flights", "told"),
+    [
+        ([(0.0, None), (0.1, None)], "none: shards are read in place"),
+        ([(0.0, 0.0), (0.1, None)], "100% / 100% / 100% of their time hidden behind computing"),
+        ([(0.0, 0.0), (1.0, 4.0)], "75% / 75% / 100% of their time hidden behind computing"),
+        ([(5.0, 4.0)], "0% / 0% / 0% of their time hidden behind computing"),
+    ],
+)
+def test_transfers_that_were_never_waited_for_are_not_taken_for_none(waits_and_flights, told):
+    spent = [Spent(9.0, 1.0, wait_s, flight_s, None) for wait_s, flight_s in waits_and_flights]
+    assert report._transfers(spent) == told
 
 
 def test_a_trace_and_the_hidden_share_of_transfers_are_told(tmp_path):

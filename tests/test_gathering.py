@@ -36,7 +36,7 @@ def calls(monkeypatch):
     return SimpleNamespace(runs=found, released=released)
 
 
-def forward(enough_keys, calls, monkeypatch, case):
+def results_of(enough_keys, calls, monkeypatch, case):
     calls.released.clear()  # memory may be given out again in the next ring
     monkeypatch.setattr(Native, "enough_keys", enough_keys)
     found = run_local(ring, NUM_RANKS, case, timeout=60)[0]
@@ -49,7 +49,7 @@ def forward(enough_keys, calls, monkeypatch, case):
     [(0, [1, 1, 1, 1, 1]), (20, [1, 1, 1, 1, 1]), (21, [2, 2, 1]), (45, [3, 2]), (10**9, [5])],
 )
 def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, calls, monkeypatch):
-    forward(enough_keys, calls, monkeypatch, Case(100))
+    results_of(enough_keys, calls, monkeypatch, Case(100))
     assert list(calls.runs.values()) == [runs] * NUM_RANKS
 
 
@@ -61,7 +61,7 @@ def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, call
 )
 def test_every_mask_and_layout_has_the_same_bits_however_many_are_gathered(options, layout, calls, monkeypatch):
     case = Case(131, 4, 2, layout=layout, options=options)
-    alone, some, all_at_once = (forward(enough_keys, calls, monkeypatch, case) for enough_keys in (0, 60, 10**9))
+    alone, some, all_at_once = (results_of(enough_keys, calls, monkeypatch, case) for enough_keys in (0, 60, 10**9))
     for name, x in alone.items():
         assert torch.equal(x, some[name]) and torch.equal(x, all_at_once[name]), name
 
