@@ -4,14 +4,16 @@ PYTHON ?= python3.11
 PIP_ARGS ?=
 BIN := .venv/bin
 
-ISAS := avx512 avx2 baseline
+ISAS := amx avx512 avx2 baseline
 # Those of them that this processor runs.
-RUNNABLE := $(if $(shell grep -m1 avx512dq /proc/cpuinfo),avx512) $(if $(shell grep -m1 avx2 /proc/cpuinfo),avx2) baseline
+RUNNABLE := $(if $(shell grep -m1 amx_bf16 /proc/cpuinfo),amx) $(if $(shell grep -m1 avx512dq /proc/cpuinfo),avx512) $(if $(shell grep -m1 avx2 /proc/cpuinfo),avx2) baseline
 CXX ?= g++
-# Where the sanitizers run, the shape of the AVX-512 kernel too, in plain C++ (tests/isa_avx512_shape.cpp).
-SANITIZED := $(RUNNABLE) avx512_shape
+# Where the sanitizers run, the shapes of the AVX-512 and AMX kernels too, in plain C++ (tests/isa_*_shape.cpp).
+SHAPES := avx512_shape amx_shape
+SANITIZED := $(RUNNABLE) $(SHAPES)
 KERNEL := $(wildcard csrc/*.h) csrc/attention.cpp csrc/dispatch.cpp csrc/mask.cpp csrc/openmp.cpp csrc/threads.cpp
 FLAGS_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
+FLAGS_amx := $(FLAGS_avx512)
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 WARNINGS := -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -63,11 +65,11 @@ sanitize: build/sanitize-address build/sanitize-thread
 
 build/sanitize-address: SANITIZE = $(ADDRESS)
 build/sanitize-thread: SANITIZE = $(THREAD)
-build/sanitize-%: tests/sanitize.cpp tests/isa_avx512_shape.cpp csrc/isa_avx512.cpp csrc/isa_avx2.cpp csrc/isa_baseline.cpp $(KERNEL)
+build/sanitize-%: tests/sanitize.cpp $(SHAPES:%=tests/isa_%.cpp) $(ISAS:%=csrc/isa_%.cpp) $(KERNEL)
 	mkdir -p $@.d
 	$(foreach isa,$(ISAS),$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) $(FLAGS_$(isa)) -c csrc/isa_$(isa).cpp -o $@.d/$(isa).o &&) true
-	$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -Icsrc -c tests/isa_avx512_shape.cpp -o $@.d/avx512_shape.o
-	$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -DRINGSPAN_HAS_X86_KERNELS -DRINGSPAN_HAS_AVX512_SHAPE -Icsrc tests/sanitize.cpp $(filter %.cpp,$(KERNEL)) $@.d/*.o -o $@ -pthread -ldl
+	$(foreach shape,$(SHAPES),$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -Icsrc -c tests/isa_$(shape).cpp -o $@.d/$(shape).o &&) true
+	$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -DRINGSPAN_HAS_X86_KERNELS -DRINGSPAN_HAS_TEST_SHAPES -Icsrc tests/sanitize.cpp $(filter %.cpp,$(KERNEL)) $@.d/*.o -o $@ -pthread -ldl
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -38,7 +38,9 @@ static bool is_made_of_pairs(const Input& x) {
            x.stride[2] % 2 == 0 && x.stride[3] == 1;
 }
 
-static bool pairs_are_possible(const Kernels& isa, const Sizes& sizes) { return sizes.dim % 2 == 0 && isa.has_pairs(); }
+static bool pairs_are_possible(const Sizes& sizes) { return sizes.dim % 2 == 0 && kernels().has_pairs(); }
+
+static const Kernels& kernels_for(bool pairs) { return pairs || !kernels().rest ? kernels() : *kernels().rest; }
 
 // The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
 // What a tile computes does not depend on the item that it is in, and so the items may depend on the number of threads.
@@ -74,13 +76,14 @@ void absorb(const AbsorbCall& given, int num_threads) {
     AbsorbCall call = given;
     const Sizes& sizes = call.sizes();
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
-    call.bfloat16_pairs = pairs_are_possible(kernels(), sizes) && is_made_of_pairs(call.q) &&
+    call.bfloat16_pairs = pairs_are_possible(sizes) && is_made_of_pairs(call.q) &&
                           std::all_of(call.runs, call.runs + call.num_runs, [](const KeyRun& run) { return is_made_of_pairs(run.k); });
+    const Kernels& isa = kernels_for(call.bfloat16_pairs);
     struct Context {
         const AbsorbCall& call;
         const Kernels& isa;
         std::vector<AbsorbItem> items;
-    } context{call, kernels(), plan_absorb(call, kernels(), num_threads)};
+    } context{call, isa, plan_absorb(call, isa, num_threads)};
     const Work work = [](void* pointer, int64_t i, void* scratch) {
         const auto& c = *static_cast<Context*>(pointer);
         c.isa.absorb_item(c.call, c.items[i], scratch);
@@ -117,9 +120,9 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
     const Sizes& sizes = call.sizes;
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
     if (!call.dq.data && !call.dk.data) return;
-    const Kernels& isa = kernels();
-    call.bfloat16_pairs = pairs_are_possible(isa, sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
+    call.bfloat16_pairs = pairs_are_possible(sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
                           is_made_of_pairs(call.dout);
+    const Kernels& isa = kernels_for(call.bfloat16_pairs);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
     // Not by the number of threads: dq is summed item by item, and its bits must not depend on them.
     const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads, 16) * rows;

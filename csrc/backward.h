@@ -7,18 +7,15 @@
 
 namespace ringspan::RINGSPAN_ISA {
 
-constexpr int kQueryBlock = 64;
 constexpr int kQueryPanels = kQueryBlock / kPanel;
-constexpr int kKeyTilesPerItem = 224 / kRows;
+constexpr int kKeyTilesPerItem = kKeysPerItem / kRows;
 constexpr int kItemKeys = kKeyTilesPerItem * kRows;
-// Rows of accumulators in the product for dq. They need not divide kPanel: the last ones are then computed twice.
-constexpr int kDqRows = kRows < 8 ? 4 : kRows < 16 ? 11 : 16;
-static_assert(kDqRows <= kPanel && kQueryBlock % kPanel == 0);
+static_assert(kQueryBlock % kPanel == 0);
 
 struct KeyTile {
     int32_t begin, end;
     int rows;
-    float* keys;    // [dim][kRows], or pairs, [dim / 2][kRows]
+    float* keys;    // left operands
     float* values;
     float* dk;      // [dimension panel][kRows][kPanel]
     float* dv;
@@ -31,11 +28,10 @@ struct QueryBlock {
     int32_t lo[kQueryBlock], hi[kQueryBlock];
     float minus_lse[kQueryBlock];  // base 2
     float minus_delta[kQueryBlock];
-    float scales[kQueryBlock];   // of the queries: scale log2(e)
-    float factors[kQueryBlock];  // of dout: what minus_lse has lost
-    float* query_columns;        // [query panel][dim][kPanel], times scales; or pairs as they are, [query panel][dim / 2][kPanel]
-    float* dout_columns;         // the same, times factors or as they are
-    float* query_rows;  // [dimension panel][kQueryBlock][kPanel]
+    float factors[kQueryBlock];  // of p: what minus_lse has lost
+    float* query_columns;        // right operands, [query panel]
+    float* dout_columns;
+    float* query_rows;  // weighted operands
     float* dout_rows;
 };
 
@@ -43,28 +39,35 @@ struct GradientScratch {
     KeyTile tiles[kKeyTilesPerItem];
     int num_tiles;
     bool finite_keys;
-    float* key_rows;  // [dimension panel][kItemKeys][kPanel]
+    float* key_rows;  // what ds weighs, of kItemKeys tokens
     QueryBlock block;
-    float* p;   // [query panel][kRows][kPanel] of one key tile
-    float* ds;  // [query panel][kItemKeys][kPanel]
+    float* p;        // [query panel][kRows][kPanel] of one key tile
+    float* ds;       // [query panel][kItemKeys][kPanel]
+    float* ds_rows;  // as p, where dk reads ds in another order than dq
+
+    float* ds_weights(int tile, int panel) const {
+        return kDsHasTwoOrders ? ds_rows + panel * kRows * kPanel : ds + (panel * kItemKeys + tile * kRows) * kPanel;
+    }
+    static constexpr int64_t ds_weights_pitch() { return kDsHasTwoOrders ? kRows * kPanel : kItemKeys * kPanel; }
 };
 
 static Arena lay_out(GradientScratch& scratch, float* memory, int64_t dim) {
     Arena arena{memory};
-    const int64_t padded_dim = round_up(dim, kPanel);
+    const int64_t padded_dim = round_up(dim, kPanel), width = operand_floats(dim, kPairsOnly), num_panels = padded_dim / kPanel;
     for (KeyTile& tile : scratch.tiles) {
-        tile.keys = arena.take(dim * kRows + kLanes);
-        tile.values = arena.take(dim * kRows + kLanes);
+        tile.keys = arena.take(width * kRows + kLanes);
+        tile.values = arena.take(width * kRows + kLanes);
         tile.dk = arena.take(padded_dim * kRows);
         tile.dv = arena.take(padded_dim * kRows);
     }
-    scratch.key_rows = arena.take(padded_dim * kItemKeys);
-    scratch.block.query_columns = arena.take(dim * kQueryBlock);
-    scratch.block.dout_columns = arena.take(dim * kQueryBlock);
-    scratch.block.query_rows = arena.take(padded_dim * kQueryBlock);
-    scratch.block.dout_rows = arena.take(padded_dim * kQueryBlock);
+    scratch.key_rows = arena.take(num_panels * kItemKeys * kTokenFloats);
+    scratch.block.query_columns = arena.take(width * kQueryBlock);
+    scratch.block.dout_columns = arena.take(width * kQueryBlock);
+    scratch.block.query_rows = arena.take(num_panels * kQueryBlock * kTokenFloats);
+    scratch.block.dout_rows = arena.take(num_panels * kQueryBlock * kTokenFloats);
     scratch.p = arena.take(kQueryBlock * kRows);
     scratch.ds = arena.take(kQueryBlock * kItemKeys);
+    scratch.ds_rows = arena.take(kDsHasTwoOrders ? kQueryBlock * kRows : 0);
     return arena;
 }
 
@@ -75,8 +78,6 @@ static size_t gradient_scratch_bytes(int64_t dim) {
 
 static void pack_keys(const GradientCall& call, const GradientItem& item, GradientScratch& scratch) {
     const int64_t dim = call.sizes.dim, padded_dim = round_up(dim, kPanel), num_keys = item.last_key - item.first_key;
-    const bool pairs = call.bfloat16_pairs;
-    const int64_t steps = pairs ? dim / 2 : dim;
     const Tokens k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
     scratch.num_tiles = static_cast<int>((num_keys + kRows - 1) / kRows);
     scratch.finite_keys = true;
@@ -85,13 +86,13 @@ static void pack_keys(const GradientCall& call, const GradientItem& item, Gradie
         tile.begin = static_cast<int32_t>(item.first_key + i * kRows);
         tile.rows = num_keys - i * kRows < kRows ? static_cast<int>(num_keys - i * kRows) : kRows;
         tile.end = tile.begin + tile.rows;
-        const float largest_key = pack_columns(pairs ? as_pairs(k) : k, tile.begin, tile.rows, steps, nullptr, kRows, tile.keys);
-        const float largest_value = pack_columns(pairs ? as_pairs(v) : v, tile.begin, tile.rows, steps, nullptr, kRows, tile.values);
+        const float largest_key = pack_left(k, tile.begin, tile.rows, dim, call.bfloat16_pairs, tile.keys);
+        const float largest_value = pack_left(v, tile.begin, tile.rows, dim, call.bfloat16_pairs, tile.values);
         scratch.finite_keys &= largest_key < __builtin_inff() && largest_value < __builtin_inff();
         memset(tile.dk, 0, padded_dim * kRows * sizeof(float));
         memset(tile.dv, 0, padded_dim * kRows * sizeof(float));
     }
-    pack_rows(k, item.first_key, num_keys, dim, nullptr, kItemKeys, kItemKeys, scratch.key_rows);
+    pack_keys_for_queries(k, item.first_key, num_keys, dim, kItemKeys, scratch.key_rows);
 }
 
 // Which keys the block's rows see. A row with lse = -inf has seen nothing in the forward.
@@ -114,97 +115,67 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
     const int num_rows = left < kQueryBlock ? static_cast<int>(left) : kQueryBlock;
     block.finite = true;
     for (int r = 0; r < kQueryBlock; ++r) {
-        block.scales[r] = base_two_scale(call.scale);
         block.factors[r] = 1;
         block.minus_lse[r] = block.minus_delta[r] = 0;
         if (block.lo[r] >= block.hi[r]) continue;
         const float lse = call.lse.at(b, block.head, block.first_row + r), delta = call.delta.at(b, block.head, block.first_row + r);
-        // p = 2^(s - lse log2(e)) = 2^(s - product) 2^-rest: the second factor goes into dout and delta, for all that p meets.
+        // p = 2^(s - lse log2(e)) = 2^(s - product) 2^-rest
         const float product = lse * kLog2E, rest = left_over(lse, kLog2E, kLog2ERest, product);
         if (rest == rest) block.factors[r] = exp2(-rest);
         block.minus_lse[r] = -product;
-        block.minus_delta[r] = -delta * block.factors[r];
+        block.minus_delta[r] = -delta;
         block.finite &= __builtin_isfinite(lse) && __builtin_isfinite(delta);
     }
     const Tokens q = tokens_of(call.q, b, block.head), dout = tokens_of(call.dout, b, block.head);
     for (int first = 0; first < kQueryBlock; first += kPanel) {
         const int64_t row = block.first_row + first, rows = num_rows - first;
-        if (call.bfloat16_pairs) {
-            pack_columns(as_pairs(q), row, rows, dim / 2, nullptr, kPanel, block.query_columns + first * dim / 2);
-            pack_columns(as_pairs(dout), row, rows, dim / 2, nullptr, kPanel, block.dout_columns + first * dim / 2);
-        } else {
-            pack_columns(q, row, rows, dim, block.scales, kPanel, block.query_columns + first * dim);
-            pack_columns(dout, row, rows, dim, block.factors + first, kPanel, block.dout_columns + first * dim);
-        }
+        const int64_t at = first * operand_floats(dim, call.bfloat16_pairs);
+        pack_right(q, row, rows, dim, call.bfloat16_pairs, block.query_columns + at);
+        pack_right(dout, row, rows, dim, call.bfloat16_pairs, block.dout_columns + at);
     }
-    block.finite &= pack_rows(q, block.first_row, num_rows, dim, nullptr, kQueryBlock, kQueryBlock, block.query_rows);
-    block.finite &= pack_rows(dout, block.first_row, num_rows, dim, block.factors, kQueryBlock, kQueryBlock, block.dout_rows);
+    block.finite &= pack_weighted(q, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.query_rows);
+    block.finite &= pack_weighted(dout, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.dout_rows);
 }
 
-// out[key][query] = start[query] + sum over dimensions of rows[d][key] * columns[d][query]
-// start comes last: where it is larger than the sums on the way, each of their roundings would be of its size.
-template <int kR>
-RINGSPAN_INLINE void multiply_tile(const float* rows, const float* columns, const float* start, int64_t dim, float* out) {
-    Floats acc[kR][kVectors] = {};
-    multiply<kR, 1, kRows>(acc, rows, columns, dim);
-#pragma GCC unroll 32
-    for (int r = 0; r < kR; ++r) {
+// Scores and dp of one key tile and one query panel.
+static void multiply_queries(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp) {
+    const int64_t dim = call.sizes.dim, at = panel * kPanel * operand_floats(dim, call.bfloat16_pairs);
+    with_rows(tile.rows, [&]<int kR>() {
+        multiply_panel<kR>(tile.keys, block.query_columns + at, dim, call.bfloat16_pairs, scores);
+        multiply_panel<kR>(tile.values, block.dout_columns + at, dim, call.bfloat16_pairs, dp);
+    });
+}
+
+// p = 2^(scale log2(e) p - lse), ds = p (ds - delta), in place; both 0 where the query does not see the key.
+// lse and delta come last: where they are larger than the sums on the way, each of their roundings would be of that size.
+// kPlain: both are left as float32, for add_visible and add_visible_to_queries.
+template <bool kPlain>
+static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, float scale, bool masked, float* p, float* ds, float* ds_weights) {
+    // The rows that fill a ragged tile up take part in dv, dk and dq, as zeros.
+    for (int r = 0; r < kRows; r += 2) {
+        Floats weight[2][kVectors] = {}, gradient[2][kVectors] = {};
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            if (r + i >= tile.rows) continue;
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] += load(start + v * kLanes);
-    }
-    store_block(out, acc);
-}
-
-// out[key][query] = start[query] + factors[query] * (the same sum, from pairs)
-template <int kR>
-RINGSPAN_INLINE void multiply_tile_of_pairs(const float* rows, const float* columns, const float* factors, const float* start, int64_t num_pairs,
-                                            float* out) {
-    Floats acc[kR][kVectors] = {};
-    multiply<kR, 1, kRows, true>(acc, rows, columns, num_pairs);
-#pragma GCC unroll 32
-    for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(acc[r][v], load(factors + v * kLanes), load(start + v * kLanes));
-    }
-    store_block(out, acc);
-}
-
-// Scores minus lse, and dp minus delta, of one key tile and one query panel.
-static void multiply_panel(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp) {
-    const int64_t dim = call.sizes.dim;
-    const int first = panel * kPanel;
-    if (!call.bfloat16_pairs) {
-        with_rows(tile.rows, [&]<int kR>() {
-            multiply_tile<kR>(tile.keys, block.query_columns + first * dim, block.minus_lse + first, dim, scores);
-            multiply_tile<kR>(tile.values, block.dout_columns + first * dim, block.minus_delta + first, dim, dp);
-        });
-    } else if constexpr (kHasPairs) {
-        with_rows(tile.rows, [&]<int kR>() {
-            multiply_tile_of_pairs<kR>(tile.keys, block.query_columns + first * dim / 2, block.scales + first, block.minus_lse + first, dim / 2, scores);
-            multiply_tile_of_pairs<kR>(tile.values, block.dout_columns + first * dim / 2, block.factors + first, block.minus_delta + first, dim / 2, dp);
-        });
-    }
-}
-
-// p = 2^p, ds = p ds, in place; both 0 where the query does not see the key.
-static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, bool masked, float* p, float* ds) {
-    for (int v = 0; v < kVectors; ++v) {
-        Ints lo, hi;
-        memcpy(&lo, block.lo + panel * kPanel + v * kLanes, sizeof lo);
-        memcpy(&hi, block.hi + panel * kPanel + v * kLanes, sizeof hi);
-        for (int r = 0; r < tile.rows; ++r) {
-            const int at = r * kPanel + v * kLanes;
-            Floats weight = exp2(load(p + at)), gradient = weight * load(ds + at);
-            if (masked) {
-                const Ints key = all_ints(tile.begin + r);
-                weight = where_inside(key, lo, hi, weight, all(0));
-                gradient = where_inside(key, lo, hi, gradient, all(0));
+            for (int v = 0; v < kVectors; ++v) {
+                const int query = panel * kPanel + v * kLanes, at = (r + i) * kPanel + v * kLanes;
+                Floats& x = weight[i][v];
+                x = exp2(multiply_add(load(p + at), all(scale), load(block.minus_lse + query))) * load(block.factors + query);
+                Floats& y = gradient[i][v];
+                y = x * (load(ds + at) + load(block.minus_delta + query));
+                if (masked) {
+                    Ints lo, hi;
+                    memcpy(&lo, block.lo + query, sizeof lo);
+                    memcpy(&hi, block.hi + query, sizeof hi);
+                    const Ints key = all_ints(tile.begin + r + i);
+                    x = where_inside(key, lo, hi, x, all(0));
+                    y = where_inside(key, lo, hi, y, all(0));
+                }
+                if (kPlain) store(p + at, x), store(ds + at, y);
             }
-            store(p + at, weight);
-            store(ds + at, gradient);
         }
-        // The rows that fill a ragged tile up take part in dv and dk.
-        for (int r = tile.rows; r < kRows; ++r) store(p + r * kPanel + v * kLanes, all(0)), store(ds + r * kPanel + v * kLanes, all(0));
+        if (!kPlain) store_gradients(p + r * kPanel, ds + r * kPanel, ds_weights + r * kPanel, weight, gradient);
     }
 }
 
@@ -220,9 +191,8 @@ static void add_visible(GradientScratch& scratch, int number, int panel, int64_t
             if (tile.begin + r < block.lo[query] || tile.begin + r >= block.hi[query]) continue;
             for (int64_t d = 0; d < dim; ++d) {
                 const int64_t to = d / kPanel * kRows * kPanel + r * kPanel + d % kPanel;
-                const int64_t from = (d / kPanel * kQueryBlock + query) * kPanel + d % kPanel;
-                tile.dv[to] += p[r * kPanel + i] * block.dout_rows[from];
-                tile.dk[to] += ds[r * kPanel + i] * block.query_rows[from];
+                tile.dv[to] += p[r * kPanel + i] * weighted_at(block.dout_rows, kQueryBlock, query, d);
+                tile.dk[to] += ds[r * kPanel + i] * weighted_at(block.query_rows, kQueryBlock, query, d);
             }
         }
     }
@@ -236,10 +206,10 @@ static void add_to_keys(GradientScratch& scratch, int number, int first, int las
         return;
     }
     const int dim_panels = round_up(dim, kPanel) / kPanel;
-    const float* ds = scratch.ds + number * kRows * kPanel;
+    constexpr int kPitch = kQueryBlock * kTokenFloats;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kQueryBlock * kPanel, first, last, kPanel, dim_panels);
-        add_weighted<kR>(tile.dk, ds, kItemKeys * kPanel, block.query_rows, kQueryBlock * kPanel, first, last, kPanel, dim_panels);
+        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, dim_panels);
+        add_weighted<kR>(tile.dk, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels);
     });
 }
 
@@ -248,19 +218,21 @@ static void visit_tile(const GradientCall& call, GradientScratch& scratch, int n
     const int64_t dim = call.sizes.dim;
     const KeyTile& tile = scratch.tiles[number];
     const QueryBlock& block = scratch.block;
+    const auto compute = slow ? compute_ds<true> : compute_ds<false>;
     int first = kQueryPanels, last = 0;
-    for (int p = 0; p < kQueryPanels; ++p) {
-        float* weights = scratch.p + p * kRows * kPanel;
-        float* ds = scratch.ds + (p * kItemKeys + number * kRows) * kPanel;
-        if (!block.span[p].sees(tile.begin, tile.end)) {
-            memset(weights, 0, kRows * kPanel * sizeof(float));
-            memset(ds, 0, kRows * kPanel * sizeof(float));
+    for (int panel = 0; panel < kQueryPanels; ++panel) {
+        float* p = scratch.p + panel * kRows * kPanel;
+        float* ds = scratch.ds + (panel * kItemKeys + number * kRows) * kPanel;
+        float* ds_weights = scratch.ds_weights(number, panel);
+        if (!block.span[panel].sees(tile.begin, tile.end)) {
+            float* const all_of_it[] = {p, ds, ds_weights};
+            for (float* nothing : all_of_it) memset(nothing, 0, kRows * kPanel * sizeof(float));
             continue;
         }
-        first = p < first ? p : first;
-        last = p + 1;
-        multiply_panel(call, tile, block, p, weights, ds);
-        compute_ds(tile, block, p, !block.span[p].sees_all(tile.begin, tile.end), weights, ds);
+        first = panel < first ? panel : first;
+        last = panel + 1;
+        multiply_queries(call, tile, block, panel, p, ds);
+        compute(tile, block, panel, base_two_scale(call.scale), !block.span[panel].sees_all(tile.begin, tile.end), p, ds, ds_weights);
     }
     if (call.dk.data && first < last) add_to_keys(scratch, number, first, last, slow, dim);
 }
@@ -272,14 +244,9 @@ static void add_to_queries(const GradientCall& call, int64_t b, GradientScratch&
     const float* ds = scratch.ds + (panel * kItemKeys + first * kRows) * kPanel;
     const int64_t num_keys = scratch.tiles[last - 1].end - scratch.tiles[first].begin;
     for (int64_t d = 0; d < dim; d += kPanel) {
-        const float* keys = scratch.key_rows + d * kItemKeys + first * kRows * kPanel;
-        float sums[kPanel * kPanel];
-        for (int next = 0; next < kPanel; next += kDqRows) {
-            const int r = next + kDqRows <= kPanel ? next : kPanel - kDqRows;
-            Floats acc[kDqRows][kVectors] = {};
-            multiply<kDqRows, 1, kPanel>(acc, ds + r, keys, num_keys);
-            store_block(sums + r * kPanel, acc);
-        }
+        const float* keys = scratch.key_rows + (d / kPanel * kItemKeys + first * kRows) * kTokenFloats;
+        alignas(64) float sums[kPanel * kPanel];
+        sum_over_keys(ds, keys, num_keys, sums);
         for (int r = 0; r < kPanel; ++r) {
             if (block.lo[panel * kPanel + r] >= block.hi[panel * kPanel + r]) continue;
             float* dq = call.dq.row(b, block.head, block.first_row + panel * kPanel + r) + d;
@@ -304,7 +271,7 @@ static void add_visible_to_queries(const GradientCall& call, int64_t b, Gradient
             float* dq = call.dq.row(b, block.head, block.first_row + query);
             const float ds = scratch.ds[(panel * kItemKeys + j - item_begin) * kPanel + r];
             for (int64_t d = 0; d < call.sizes.dim; ++d) {
-                dq[d] += call.scale * (ds * scratch.key_rows[(d / kPanel * kItemKeys + j - item_begin) * kPanel + d % kPanel]);
+                dq[d] += call.scale * (ds * key_at(scratch.key_rows, kItemKeys, j - item_begin, d));
             }
         }
     }
@@ -359,6 +326,7 @@ static void store_key_gradients(const GradientCall& call, const GradientItem& it
 static void absorb_gradient_item(const GradientCall& call, const GradientItem& item, void* memory) {
     GradientScratch scratch;
     lay_out(scratch, static_cast<float*>(memory), call.sizes.dim);
+    [[maybe_unused]] const ProductUnit unit;
     pack_keys(call, item, scratch);
     const int64_t num_blocks = (call.sizes.queries + kQueryBlock - 1) / kQueryBlock;
     int64_t step = 0;

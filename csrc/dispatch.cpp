@@ -2,9 +2,27 @@
 
 #include <stdlib.h>
 
+#if defined(RINGSPAN_HAS_X86_KERNELS) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 
 namespace ringspan {
+
+// AMX with bfloat16. Linux (5.16) gives a process the tile registers when it asks for them, for all its threads.
+static bool get_amx() {
+#if defined(RINGSPAN_HAS_X86_KERNELS) && defined(__linux__)
+    constexpr unsigned kBfloat16 = 1 << 22, kTile = 1 << 24;  // leaf 7, edx
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBfloat16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 static std::vector<const Kernels*> available() {
     std::vector<const Kernels*> found;
@@ -12,14 +30,16 @@ static std::vector<const Kernels*> available() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
+        if (get_amx()) found.push_back(&amx::kernels);
         found.push_back(&avx512::kernels);
     }
     // Every processor with AVX2 has F16C.
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #endif
     found.push_back(&baseline::kernels);
-#ifdef RINGSPAN_HAS_AVX512_SHAPE
+#ifdef RINGSPAN_HAS_TEST_SHAPES
     found.push_back(&avx512_shape::kernels);
+    found.push_back(&amx_shape::kernels);
 #endif
     return found;
 }

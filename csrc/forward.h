@@ -3,7 +3,7 @@
 // A block of keys and values is packed once (it stays in L2) and used by every tile of the work item. One tile's queries,
 // scores and a panel of keys or values fit in L1 while it goes through scores -> weights -> weighted values.
 //
-// Scores are in base 2: s = (scale log2(e) q) . k. A row's reference is a whole number near its largest score: the change from
+// Scores are in base 2: s = scale log2(e) (q . k). A row's reference is a whole number near its largest score: the change from
 // one reference to another is then an exact power of two, and moving it rounds nothing.
 #pragma once
 
@@ -11,7 +11,6 @@ namespace ringspan::RINGSPAN_ISA {
 
 // Queries that share one packing of the keys. Its tiles need not stay in L2: they are read one after the other.
 constexpr int kQueryTilesPerItem = kQueriesPerItem / kRows;
-constexpr int kKeyBlock = 128;
 
 // Scores within +-kSafeScore need no look at their maximum: 2^60 a weight overflows no sum, and below a reference of 0 the
 // smallest, 2^-60, is still 66 binary orders above what float32 loses.
@@ -31,8 +30,8 @@ struct Tile {
     Span span;                     // of the run, as are lo and hi
     int32_t lo[kRows], hi[kRows];
     float reference[kRows];  // -inf: the row has seen nothing
-    float start[kRows];      // where a score's sum starts: -reference, or 0
-    float* queries;          // [dim][kRows], times scale log2(e); or pairs as they are, [dim / 2][kRows]
+    float start[kRows];      // what is added to a score: -reference, or 0
+    float* queries;          // a left operand
     float* acc;              // [dimension panel][kRows][kPanel]
     float* sums;             // [kRows][kLanes], to be added up
 };
@@ -42,25 +41,25 @@ struct KeyBlock {
     int32_t begin, end;
     float largest_key[kKeyBlock / kPanel];  // squared length
     bool finite_values[kKeyBlock / kPanel];
-    float* keys;    // [key panel][dim][kPanel], or pairs, [key panel][dim / 2][kPanel]
-    float* values;  // [dimension panel][kKeyBlock][kPanel]
+    float* keys;    // right operands, [key panel]
+    float* values;  // a weighted operand of kKeyBlock tokens
 };
 
 struct AbsorbScratch {
     Tile tiles[kQueryTilesPerItem];
     KeyBlock block;
     Fetch fetch;     // of the block that comes next
-    float* weights;  // [key panel][kRows][kPanel]: scores, then 2^(score - reference)
+    float* weights;  // [key panel][kRows][kPanel]: q . k, then 2^(score - reference)
 };
 
 static Arena lay_out(AbsorbScratch& scratch, float* memory, int64_t dim) {
     Arena arena{memory};
     const int64_t padded_dim = round_up(dim, kPanel);
-    scratch.block.keys = arena.take(kKeyBlock * dim);
-    scratch.block.values = arena.take(kKeyBlock * padded_dim);
+    scratch.block.keys = arena.take(kKeyBlock * operand_floats(dim, kPairsOnly));
+    scratch.block.values = arena.take(kKeyBlock * padded_dim / kPanel * kTokenFloats);
     scratch.weights = arena.take(kKeyBlock * kRows);
     for (Tile& tile : scratch.tiles) {
-        tile.queries = arena.take(dim * kRows + kLanes);
+        tile.queries = arena.take(operand_floats(dim, kPairsOnly) * kRows + kLanes);
         tile.acc = arena.take(padded_dim * kRows);
         tile.sums = arena.take(kRows * kLanes);
     }
@@ -143,15 +142,9 @@ static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t n
 
 static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& tile) {
     const int64_t dim = call.sizes().dim;
-    const Tokens q = tokens_of(call.q, item.batch, tile.head);
     const float scale = base_two_scale(call.scale);
-    if (call.bfloat16_pairs) {
-        tile.largest_query = pack_columns(as_pairs(q), tile.first_row, tile.rows, dim / 2, nullptr, kRows, tile.queries) * scale * scale;
-    } else {
-        float factors[kRows + kLanes];
-        for (float& factor : factors) factor = scale;
-        tile.largest_query = pack_columns(q, tile.first_row, tile.rows, dim, factors, kRows, tile.queries);
-    }
+    const Tokens q = tokens_of(call.q, item.batch, tile.head);
+    tile.largest_query = pack_left(q, tile.first_row, tile.rows, dim, call.bfloat16_pairs, tile.queries) * scale * scale;
     // Rows that see nothing are computed with the others and never stored.
     memset(tile.acc, 0, round_up(dim, kPanel) * kRows * sizeof(float));
     memset(tile.sums, 0, kRows * kLanes * sizeof(float));
@@ -180,63 +173,35 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
 // Packs the panels that hold the keys begin .. end: all keys of these panels.
 static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, int32_t begin, int32_t end, KeyBlock& block) {
     const int64_t dim = run.sizes.dim, num_keys = run.sizes.keys - block.begin;
-    const int64_t steps = pairs ? dim / 2 : dim;
-    const Tokens packed_k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
-    const Tokens k = pairs ? as_pairs(packed_k) : packed_k;
+    const Tokens k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
     for (int p = (begin - block.begin) / kPanel; p * kPanel < end - block.begin; ++p) {
         const int first = p * kPanel;
         const int64_t count = num_keys - first < kPanel ? num_keys - first : kPanel;
-        block.largest_key[p] = pack_columns(k, block.begin + first, count, steps, nullptr, kPanel, block.keys + first * steps);
-        block.finite_values[p] = pack_rows(v, block.begin + first, count, dim, nullptr, kKeyBlock, kPanel, block.values + first * kPanel);
+        block.largest_key[p] = pack_right(k, block.begin + first, count, dim, pairs, block.keys + first * operand_floats(dim, pairs));
+        block.finite_values[p] = pack_weighted(v, block.begin + first, count, dim, kKeyBlock, kPanel, block.values + first * kTokenFloats);
     }
 }
 
-// Scores of keys that a row does not see become -inf, whatever they were.
-static void hide(const Tile& tile, int32_t first_key, float* panel) {
-    for (int r = 0; r < tile.rows; ++r) {
-        for (int v = 0; v < kVectors; ++v) {
-            float* scores = panel + r * kPanel + v * kLanes;
-            const Ints key = consecutive(first_key + v * kLanes);
-            store(scores, where_inside(key, all_ints(tile.lo[r]), all_ints(tile.hi[r]), load(scores), all(-__builtin_inff())));
-        }
-    }
-}
-
-// score - reference of the key panels first .. last, from pairs.
-static void compute_scores_of_pairs(const Tile& tile, const KeyBlock& block, int64_t num_pairs, float scale, int first, int last, float* weights,
-                                    Fetch& fetch) {
-    if constexpr (kHasPairs) {
-        with_rows(tile.rows, [&]<int kR>() {
-            for (int p = first; p < last; ++p) {
-                fetch_some(fetch);
-                Floats acc[kR][kVectors] = {};
-                multiply<kR, 1, kRows, true>(acc, tile.queries, block.keys + p * kPanel * num_pairs, num_pairs);
-#pragma GCC unroll 32
-                for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(acc[r][v], all(scale), all(tile.start[r]));
-                }
-                store_block(weights + p * kRows * kPanel, acc);
-            }
-        });
-    }
-}
-
-// The same from float32. The sum starts at -reference: no subtraction is left to do.
-static void compute_scores(const Tile& tile, const KeyBlock& block, int64_t dim, int first, int last, float* weights, Fetch& fetch) {
+static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBlock& block, int first, int last, float* weights, Fetch& fetch) {
+    const int64_t dim = call.sizes().dim, pitch = kPanel * operand_floats(dim, call.bfloat16_pairs);
     with_rows(tile.rows, [&]<int kR>() {
         for (int p = first; p < last; ++p) {
             fetch_some(fetch);
-            Floats acc[kR][kVectors];
-#pragma GCC unroll 32
-            for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) acc[r][v] = all(tile.start[r]);
-            }
-            multiply<kR, 1, kRows>(acc, tile.queries, block.keys + p * kPanel * dim, dim);
-            store_block(weights + p * kRows * kPanel, acc);
+            multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, weights + p * kRows * kPanel);
         }
     });
+}
+
+// Scores minus references of one panel. Those of keys that a row does not see become -inf, whatever they were.
+static void finish_scores(const Tile& tile, float scale, int32_t first_key, bool sees_all, float* panel) {
+    for (int r = 0; r < tile.rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            float* scores = panel + r * kPanel + v * kLanes;
+            const Floats score = multiply_add(load(scores), all(scale), all(tile.start[r]));
+            const Ints key = consecutive(first_key + v * kLanes);
+            store(scores, sees_all ? score : where_inside(key, all_ints(tile.lo[r]), all_ints(tile.hi[r]), score, all(-__builtin_inff())));
+        }
+    }
 }
 
 static void scale_row(Tile& tile, int r, int64_t dim, float factor) {
@@ -285,21 +250,36 @@ static void raise_references(Tile& tile, int64_t dim, int first, int last, float
     }
 }
 
-// weight = 2^(score - reference), in place; sums += weights
-static void compute_weights(Tile& tile, int first, int last, float* weights) {
+// weight = 2^(score - reference), in place; the tile's sums += those of the panels before, and the weights. Panels that are not
+// finished hold products still. kPlain: weights are left as float32, for add_visible_values.
+template <bool kPlain>
+static void compute_weights(Tile& tile, float scale, int first, int last, const bool* finished, const Floats* sums_before, float* weights) {
     for (int r = 0; r < tile.rows; ++r) {
-        Floats sum = {};
+        Floats sum = sums_before[r];
         for (int p = first; p < last; ++p) {
+            float* scores = weights + (p * kRows + r) * kPanel;
+            Floats row[kVectors];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
-                float* scores = weights + p * kRows * kPanel + r * kPanel + v * kLanes;
-                const Floats weight = exp2(load(scores));
-                store(scores, weight);
-                sum += weight;
+                row[v] = load(scores + v * kLanes);
+                if (!finished[p]) row[v] = multiply_add(row[v], all(scale), all(tile.start[r]));
+                row[v] = exp2(row[v]);
+                sum += row[v];
+                if (kPlain) store(scores + v * kLanes, row[v]);
             }
+            if (!kPlain) store_weights(scores, row);
         }
         store(tile.sums + r * kLanes, load(tile.sums + r * kLanes) + sum);
     }
+}
+
+// The first panels, as far as all rows see all of them, in one go where the products offer that. Returns the first one left.
+static int weigh_seen_panels(const Tile& tile, const KeyBlock& block, int64_t dim, float scale, int first, int last, float* weights, Floats* sums,
+                             Fetch& fetch) {
+    int end = first;
+    while (end < last && tile.span.sees_all(block.begin + end * kPanel, block.begin + (end + 1) * kPanel)) ++end;
+    const bool done = weigh_while_multiplying(tile.queries, block.keys, dim, first, end, scale, tile.start, weights, sums, fetch);
+    return done ? end : first;
 }
 
 // acc += weights . values over visible pairs only: a value that is not finite must not meet the weight 0 of a row that does
@@ -310,8 +290,7 @@ static void add_visible_values(Tile& tile, const KeyBlock& block, int64_t dim, c
         for (int32_t j = lo - block.begin; j < hi - block.begin; ++j) {
             const float weight = weights[j / kPanel * kRows * kPanel + r * kPanel + j % kPanel];
             for (int64_t d = 0; d < dim; ++d) {
-                const int64_t panel = d / kPanel, lane = d % kPanel;
-                tile.acc[panel * kRows * kPanel + r * kPanel + lane] += weight * block.values[(panel * kKeyBlock + j) * kPanel + lane];
+                tile.acc[d / kPanel * kRows * kPanel + r * kPanel + d % kPanel] += weight * weighted_at(block.values, kKeyBlock, j, d);
             }
         }
     }
@@ -332,6 +311,7 @@ static SeenKeys seen_of(const KeyBlock& block, const Tile& tile) {
 
 static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, const KeyBlock& block, float* weights, Fetch& fetch) {
     const int64_t dim = run.sizes.dim;
+    const float scale = base_two_scale(call.scale);
     const auto [begin, end, first, last] = seen_of(block, tile);
     if (first == last) return;
 
@@ -343,22 +323,29 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     }
     const bool safe = tile.largest_query * largest_key <= kSafeScore * kSafeScore;
     if (safe && !tile.references_are_positive) make_references_positive(tile, block, dim);
-    if (call.bfloat16_pairs) {
-        compute_scores_of_pairs(tile, block, dim / 2, base_two_scale(call.scale), first, last, weights, fetch);
-    } else {
-        compute_scores(tile, block, dim, first, last, weights, fetch);
-    }
-    for (int p = first; p < last; ++p) {
+    const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
+    const bool plain = !finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end);
+    int next = first;
+    Floats sums[kRows] = {};
+    if (safe && !plain && tile.rows == kRows) next = weigh_seen_panels(tile, block, dim, scale, first, last, weights, sums, fetch);
+    multiply_block(call, tile, block, next, last, weights, fetch);
+    bool finished[kKeyBlock / kPanel];
+    for (int p = next; p < last; ++p) {
         const int32_t key = block.begin + p * kPanel;
-        if (!tile.span.sees_all(key, key + kPanel)) hide(tile, key, weights + p * kRows * kPanel);
+        const bool sees_all = tile.span.sees_all(key, key + kPanel);
+        finished[p] = !safe || !sees_all;
+        if (finished[p]) finish_scores(tile, scale, key, sees_all, weights + p * kRows * kPanel);
     }
     if (!safe) raise_references(tile, dim, first, last, weights);
-    compute_weights(tile, first, last, weights);
-    const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
-    if (!finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end)) return add_visible_values(tile, block, dim, weights);
+    if (plain) {
+        compute_weights<true>(tile, scale, first, last, finished, sums, weights);
+        return add_visible_values(tile, block, dim, weights);
+    }
+    compute_weights<false>(tile, scale, next, last, finished, sums, weights);
     const int last_tokens = end - block.begin - (last - 1) * kPanel;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kPanel, first, last, last_tokens, round_up(dim, kPanel) / kPanel);
+        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
+                         round_up(dim, kPanel) / kPanel);
     });
 }
 
@@ -400,6 +387,7 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
 static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* memory) {
     AbsorbScratch scratch;
     lay_out(scratch, static_cast<float*>(memory), call.sizes().dim);
+    [[maybe_unused]] const ProductUnit unit;
     const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
     for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);
     for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], n + 1 < call.num_runs ? &call.runs[n + 1] : nullptr, num_tiles, scratch);

@@ -28,6 +28,7 @@ struct GradientItem {
 struct Kernels {
     const char* name;
     bool (*has_pairs)();       // whether this processor has dot products of bfloat16 pairs
+    const Kernels* rest;       // what serves calls that are not made of pairs; null: these kernels do
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item
@@ -38,6 +39,9 @@ struct Kernels {
     void (*absorb_gradient_item)(const GradientCall&, const GradientItem&, void* scratch);
 };
 
+namespace amx {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -48,6 +52,9 @@ namespace baseline {
 extern const Kernels kernels;
 }
 namespace avx512_shape {  // of tests only
+extern const Kernels kernels;
+}
+namespace amx_shape {
 extern const Kernels kernels;
 }
 

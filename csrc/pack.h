@@ -120,14 +120,13 @@ static inline float largest_or_inf(Floats x) {
 }
 
 template <class Element>
-static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int width, float* to) {
+static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int width, float* to) {
     const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
     const int64_t token_stride = x.token_stride;
     float largest = 0;
     // A column's last store may run into the next column: columns follow in order, and the tokens from the last to the first.
     for (int t = (width - 1) / kLanes * kLanes; t >= 0; t -= kLanes) {
         Floats squares[2] = {};
-        const Floats factor = factors ? load(factors + t) : all(1);
         int64_t d = 0;
         if (x.dim_stride == 1 && t < num_tokens) {
             for (; d + kLanes <= dim; d += kLanes) {
@@ -136,9 +135,8 @@ static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens,
                 transpose(square);
 #pragma GCC unroll 16
                 for (int i = 0; i < kLanes; ++i) {
-                    const Floats column = factors ? square[i] * factor : square[i];
-                    squares[i % 2] = add_square(from, column, squares[i % 2]);
-                    store(to + (d + i) * width + t, column);
+                    squares[i % 2] = add_square(from, square[i], squares[i % 2]);
+                    store(to + (d + i) * width + t, square[i]);
                 }
             }
         }
@@ -147,9 +145,8 @@ static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens,
             read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_dim);
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                const Floats column = factors ? square[i] * factor : square[i];
-                squares[i % 2] = add_square(from, column, squares[i % 2]);
-                if (d + i < dim) store(to + (d + i) * width + t, column);
+                squares[i % 2] = add_square(from, square[i], squares[i % 2]);
+                if (d + i < dim) store(to + (d + i) * width + t, square[i]);
             }
         }
         const float norm = largest_or_inf(squares[0] + squares[1]);
@@ -158,17 +155,17 @@ static float pack_columns_of(const Tokens& x, int64_t first, int64_t num_tokens,
     return largest;
 }
 
-// to[dimension][0 .. width) = the tokens' dimension, times a factor for each token if given; missing tokens are zeros.
-// `to` and `factors` have room for kLanes floats more. Returns the largest squared length, inf if any is not finite.
-static float pack_columns(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int width, float* to) {
-    if (x.pairs) return pack_columns_of<Bfloat16Pair>(x, first, num_tokens, dim, factors, width, to);
-    if (x.dtype == DType::bfloat16) return pack_columns_of<Bfloat16>(x, first, num_tokens, dim, factors, width, to);
-    if (x.dtype == DType::float16) return pack_columns_of<Float16>(x, first, num_tokens, dim, factors, width, to);
-    return pack_columns_of<float>(x, first, num_tokens, dim, factors, width, to);
+// to[dimension][0 .. width) = the tokens' dimension; missing tokens are zeros. `to` has room for kLanes floats more. Returns the
+// largest squared length, inf if any is not finite.
+static float pack_columns(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int width, float* to) {
+    if (x.pairs) return pack_columns_of<Bfloat16Pair>(x, first, num_tokens, dim, width, to);
+    if (x.dtype == DType::bfloat16) return pack_columns_of<Bfloat16>(x, first, num_tokens, dim, width, to);
+    if (x.dtype == DType::float16) return pack_columns_of<Float16>(x, first, num_tokens, dim, width, to);
+    return pack_columns_of<float>(x, first, num_tokens, dim, width, to);
 }
 
 template <class Element>
-static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int pitch, int room, float* to) {
+static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
     const int padded_tokens = round_up(num_tokens, kPanel), padded_dim = round_up(dim, kPanel);
     const int64_t token_stride = x.token_stride;
@@ -183,7 +180,7 @@ static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int
                 for (int i = 0; i < kLanes; ++i, read += token_stride) {
 #pragma GCC unroll 4
                     for (int v = 0; v < kVectors; ++v) {
-                        const Floats row = factors ? widen(read + v * kLanes) * all(factors[t + i]) : widen(read + v * kLanes);
+                        const Floats row = widen(read + v * kLanes);
                         zeros[i % 2] = multiply_add(row, all(0), zeros[i % 2]);
                         store(panel + i * kPanel + v * kLanes, row);
                     }
@@ -196,21 +193,20 @@ static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int
             float* panel = to + (d / kPanel) * pitch * kPanel + d % kPanel;
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                const Floats row = factors && t + i < room ? square[i] * all(factors[t + i]) : square[i];
-                zeros[i % 2] = multiply_add(row, all(0), zeros[i % 2]);  // NaN for NaN and inf
-                if (t + i < room) store(panel + (t + i) * kPanel, row);
+                zeros[i % 2] = multiply_add(square[i], all(0), zeros[i % 2]);  // NaN for NaN and inf
+                if (t + i < room) store(panel + (t + i) * kPanel, square[i]);
             }
         }
     }
     return sum_of(zeros[0] + zeros[1]) == 0;
 }
 
-// to[dimension panel][token][kPanel], dimension panels `pitch` tokens apart, with room for `room` tokens: the tokens, times a
-// factor each if given. Missing dimensions are zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
-static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, const float* factors, int pitch, int room, float* to) {
-    if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, factors, pitch, room, to);
-    if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, factors, pitch, room, to);
-    return pack_rows_of<float>(x, first, num_tokens, dim, factors, pitch, room, to);
+// to[dimension panel][token][kPanel], dimension panels `pitch` tokens apart, with room for `room` tokens. Missing dimensions are
+// zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
+[[maybe_unused]] static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+    if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, pitch, room, to);
+    if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, pitch, room, to);
+    return pack_rows_of<float>(x, first, num_tokens, dim, pitch, room, to);
 }
 
 }  // namespace ringspan::RINGSPAN_ISA

@@ -1,18 +1,17 @@
-// AVX-512 (F, BW, DQ, VL): 16 floats in a register, 32 registers.
+// AVX-512 (F, BW, DQ, VL): 16 floats in a register, 32 registers. The file that includes this says how many rows a tile has:
+// RINGSPAN_ROWS, RINGSPAN_ROW_STEP, RINGSPAN_QUERIES_PER_ITEM.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
 
-namespace ringspan::avx512 {
+namespace ringspan::RINGSPAN_ISA {
 
 constexpr int kLanes = 16;
-// 14 rows x 2 registers: 28 accumulators, 2 operands, 1 broadcast; 16 loads for 28 multiply-adds. One load for each, as with
-// 28 rows x 1 register and broadcasts as memory operands, halves the rate of Intel's two units.
 constexpr int kVectors = 2;
-constexpr int kRows = 14;
-constexpr int kRowStep = 2;  // ragged tiles run with 2, 4, .. 14 rows
-constexpr int kQueriesPerItem = 1008;
+constexpr int kRows = RINGSPAN_ROWS;
+constexpr int kRowStep = RINGSPAN_ROW_STEP;
+constexpr int kQueriesPerItem = RINGSPAN_QUERIES_PER_ITEM;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -23,10 +22,15 @@ static inline Floats all(float x) { return (Floats)_mm512_set1_ps(x); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) { return multiply_add(all(*a), b, c); }
 
-// c + the dot product of two bfloat16 pairs. AVX512_BF16, which not every processor with AVX-512 has: exact products, summed
-// in float32 at up to twice the rate of float32's. (The intrinsic would need the whole file compiled for it.)
+// c + the dot product of two bfloat16 pairs, in float32: tiles have it (AMX), or AVX512_BF16. The latter is worth it on AMD's
+// processors; Intel's did pairs at two thirds of the rate of the float32 that they hold (Sapphire Rapids).
 constexpr bool kHasPairs = true;
-static inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16") != 0; }
+#ifdef RINGSPAN_TILES
+static inline bool has_pairs() { return true; }
+#else
+static inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
+#endif
+// The intrinsic would need the whole file compiled for AVX512_BF16.
 static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(b), "v"(all(*a)));
     return c;
@@ -83,4 +87,4 @@ static inline void transpose(Floats (&row)[kLanes]) {
 
 #undef RINGSPAN_EXCHANGE
 
-}  // namespace ringspan::avx512
+}  // namespace ringspan::RINGSPAN_ISA

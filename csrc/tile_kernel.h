@@ -9,9 +9,15 @@
 
 #include "kernels.h"
 #include "mask.h"
-#include "multiply.h"
+#include "arithmetic.h"
 #include "pack.h"
 #include "fetch.h"
+#ifdef RINGSPAN_TILES
+#include RINGSPAN_TILES
+#include "products_amx.h"
+#else
+#include "products_fma.h"
+#endif
 #include "forward.h"
 #include "backward.h"
 
@@ -23,6 +29,11 @@ namespace ringspan::RINGSPAN_ISA {
 const Kernels kernels = {
     RINGSPAN_NAME(RINGSPAN_ISA),
     has_pairs,
+#ifdef RINGSPAN_REST
+    &RINGSPAN_REST::kernels,
+#else
+    nullptr,
+#endif
     kRows,
     kQueryTilesPerItem,
     kKeyTilesPerItem,

@@ -162,21 +162,30 @@ def bound_of_lse(q: Tensor, k: Tensor, scale: float) -> float:
 
 
 def bounds_of_gradients(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, dlse: Tensor, seen: Tensor, scale: float, rounds_weights=False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    dlse: Tensor,
+    seen: Tensor,
+    scale: float,
+    rounds_weights=False,
+    weight_error=0.0,
 ) -> tuple[float, float, float]:
     """Largest ||error|| of dq, dk, dv: twice that of the plain formulas in the state's dtype, with two floors.
 
     Two units of rounding of every term, for sums so short that the plain formulas may round luckily; and 1e-12 of the
     terms for float64, where the plain formulas are the definition itself. rounds_weights: the kernel multiplies by
     p and ds of its dtype; then the plain formulas do too, and half a unit of that dtype is the third floor.
+    weight_error: what else a p or ds may be wrong by, as a part of it.
     """
     dtype = state_dtype(q.dtype)
     exact = gradients(q, k, v, do, dlse, seen, scale)
     plain = gradients(q, k, v, do, dlse, seen, scale, dtype, q.dtype if rounds_weights else None)
     floor = max(2 * torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(q, k, v, do, dlse, seen, scale))
-    if rounds_weights:
+    if rounds_weights or weight_error:
         of_weights = rounding_of_gradients(q, k, v, do, dlse, seen, scale, of_weights_only=True)
-        floor += torch.finfo(q.dtype).eps / 2 * torch.tensor(of_weights)
+        floor += (weight_error or torch.finfo(q.dtype).eps / 2) * torch.tensor(of_weights)
     errors = torch.stack([torch.linalg.vector_norm(a.double() - b) for a, b in zip(plain, exact, strict=True)])
     return tuple(torch.maximum(2 * errors, floor).tolist())
 

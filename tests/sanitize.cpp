@@ -167,7 +167,7 @@ Problem problem_of(const Case& c, unsigned seed) {
 
 void check_all_shapes() {
     const int64_t far = int64_t{1} << 40;
-    const int64_t shapes[][3] = {{1, 1, 1}, {29, 17, 3}, {28, 128, 16}, {65, 129, 33}, {230, 260, 8}, {57, 300, 64}, {100, 31, 130}, {5, 7, 256}};
+    const int64_t shapes[][3] = {{1, 1, 1}, {29, 17, 3}, {28, 128, 16}, {65, 129, 33}, {230, 260, 8}, {57, 300, 64}, {100, 31, 130}, {5, 7, 256}, {300, 530, 34}};
     const int64_t bands[][2] = {{-far, far}, {-far, 1}, {-20, 3}, {40, far}, {-far, -60}, {5, 2}};
     unsigned seed = 0;
     for (const auto& shape : shapes) {
@@ -193,7 +193,7 @@ void check_threads() {
     std::vector<std::thread> callers;
     for (unsigned n = 0; n < 4; ++n) {
         callers.emplace_back([n] {
-            Problem p = problem_of({{1, 2, 1, 150, 500, 8}, -1000, 1, false, DType::float32}, n);
+            Problem p = problem_of({{1, 2, 1, 150, 500, 8}, -1000, 1, false, n % 2 ? DType::bfloat16 : DType::float32}, n);
             forward(p, 1);
             backward(p, 1);
             const Problem alone = p;

@@ -7,12 +7,17 @@ import sys
 import torch
 from kernel_behaviour import KernelBehaviour
 
+from ringspan import _native
 from ringspan.kernels.native import Native
+
+# AMX multiplies weights as two bfloat16 each, of 8 bits: all but 2^-17 of them.
+WEIGHT_ERRORS = {torch.bfloat16: 2.0**-17} if _native.info()["isa"] == "amx" else {}
 
 
 class TestNative(KernelBehaviour):
     kernel = Native()
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    weight_errors = WEIGHT_ERRORS
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
 
 

@@ -152,9 +152,15 @@ def largest_score(tile):
     return (tile.scale * (tile.q.double() @ k.mT)).abs().amax().item()
 
 
+def weight_error(tile):
+    """AMX multiplies weights as two bfloat16 each, of 8 bits: all but 2^-17 of them."""
+    return 2.0**-17 if _native.info()["isa"] == "amx" and tile.q.dtype == torch.bfloat16 else 0.0
+
+
 def forward_bound(tile, out):
     """Twice the plain error; with few rows that is a matter of luck, and rounding a score of 100 alone makes 6e-6."""
-    return max(2e-6, 2 * relative_error(plain_float32(tile)[0], out), 6e-8 * largest_score(tile))
+    plain = max(2e-6, 2 * relative_error(plain_float32(tile)[0], out), 6e-8 * largest_score(tile))
+    return plain + weight_error(tile)
 
 
 @pytest.mark.parametrize("spread", [1, 3, 10, 30, 100])
@@ -190,8 +196,10 @@ def test_backward_matches_float64(tile):
         got, expected, plain_float32(tile)[1], gradient_sizes(tile, lse, delta), strict=True
     ):
         error = (x.double() - reference).norm().item()
-        assert error <= max(
-            5e-6 * reference.norm().item(), 2 * (plain.double() - reference).norm().item(), 4 * rounding * size
+        assert (
+            error
+            <= max(5e-6 * reference.norm().item(), 2 * (plain.double() - reference).norm().item(), 4 * rounding * size)
+            + weight_error(tile) * size
         )
 
 

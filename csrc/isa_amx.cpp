@@ -1,0 +1,9 @@
+// AVX-512 with AMX's products of bfloat16, for calls that are made of bfloat16 pairs.
+#define RINGSPAN_ISA amx
+#define RINGSPAN_ROWS 32
+#define RINGSPAN_ROW_STEP 16
+#define RINGSPAN_QUERIES_PER_ITEM 1024
+#define RINGSPAN_TILES "tiles_amx.h"
+#define RINGSPAN_REST avx512
+#include "simd_avx512.h"
+#include "tile_kernel.h"

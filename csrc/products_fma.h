@@ -1,0 +1,156 @@
+// The kernel's products by multiply-adds on float32, or by dot products of bfloat16 pairs where scores may be made of them.
+// products_amx.h offers the same names.
+//
+// Left operand: a tile's rows, [step][kRows]. Right operand: panels of columns, [step][kPanel]. A step is a dimension, or a pair
+// of dimensions. Their product is a panel of scores, [kRows][kPanel].
+// Weights are such panels, a token a column. Weighted operands are what they weigh, [dimension panel][token][kPanel].
+#pragma once
+
+namespace ringspan::RINGSPAN_ISA {
+
+constexpr bool kPairsOnly = false;
+constexpr bool kDsHasTwoOrders = false;
+constexpr int kKeyBlock = 128, kQueryBlock = 64, kKeysPerItem = 224;
+constexpr int kTokenFloats = kPanel;  // of a token in one panel of a weighted operand
+
+struct ProductUnit {};  // nothing to set up
+
+// Floats of an operand for each row or column.
+static inline int64_t operand_floats(int64_t dim, bool pairs) { return pairs ? dim / 2 : dim; }
+
+// Both return the largest squared length, inf if any is not finite.
+static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool pairs, float* to) {
+    return pack_columns(pairs ? as_pairs(x) : x, first, num_tokens, operand_floats(dim, pairs), kRows, to);
+}
+
+static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool pairs, float* to) {
+    return pack_columns(pairs ? as_pairs(x) : x, first, num_tokens, operand_floats(dim, pairs), kPanel, to);
+}
+
+// A weighted operand of `pitch` tokens. Returns whether all are finite.
+static bool pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+    return pack_rows(x, first, num_tokens, dim, pitch, room, to);
+}
+
+RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t token, int64_t d) {
+    return operand[(d / kPanel * pitch + token) * kPanel + d % kPanel];
+}
+
+// acc[r][:] += sum over steps n of a[n * kStepPitch + r * kRowPitch] * b[n][0 .. kPanel). With kPairs each of these numbers is
+// two bfloat16 and their product is a dot product.
+template <int kR, int kRowPitch, int kStepPitch, bool kPairs = false>
+RINGSPAN_INLINE void multiply(Floats (&acc)[kR][kVectors], const float* a, const float* b, int64_t num_steps) {
+#pragma GCC unroll 2
+    for (int64_t n = 0; n < num_steps; ++n, a += kStepPitch, b += kPanel) {
+        Floats column[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes);
+#pragma GCC unroll 32
+        for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+                if constexpr (kPairs) {
+                    acc[r][v] = dot_pairs_broadcast(a + r * kRowPitch, column[v], acc[r][v]);
+                } else {
+                    acc[r][v] = multiply_add_broadcast(a + r * kRowPitch, column[v], acc[r][v]);
+                }
+            }
+        }
+    }
+}
+
+template <int kR>
+RINGSPAN_INLINE void store_block(float* to, const Floats (&acc)[kR][kVectors]) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, acc[r][v]);
+    }
+}
+
+template <int kR>
+RINGSPAN_INLINE void add_block(float* to, const Floats (&acc)[kR][kVectors]) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            float* at = to + r * kPanel + v * kLanes;
+            store(at, load(at) + acc[r][v]);
+        }
+    }
+}
+
+// out[row][column] = left . right
+template <int kR>
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool pairs, float* out) {
+    if (kHasPairs && pairs) {
+        Floats acc[kR][kVectors] = {};
+        multiply<kR, 1, kRows, kHasPairs>(acc, left, right, dim / 2);
+        store_block(out, acc);
+    } else {
+        Floats acc[kR][kVectors] = {};
+        multiply<kR, 1, kRows>(acc, left, right, dim);
+        store_block(out, acc);
+    }
+}
+
+// Weights as add_weighted reads them.
+RINGSPAN_INLINE void store_weights(float* to, const Floats (&row)[kVectors]) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, row[v]);
+}
+
+// products_amx.h does; here there is one kind of unit for both.
+RINGSPAN_INLINE bool weigh_while_multiplying(const float*, const float*, int64_t, int, int, float, const float*, float*, Floats*, Fetch&) { return false; }
+
+// Two rows of p and ds: for dv, dq and dk.
+RINGSPAN_INLINE void store_gradients(float* p, float* ds, float*, const Floats (&weight)[2][kVectors], const Floats (&gradient)[2][kVectors]) {
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            store(p + i * kPanel + v * kLanes, weight[i][v]);
+            store(ds + i * kPanel + v * kLanes, gradient[i][v]);
+        }
+    }
+}
+
+// out[dimension panel][row][:] += sum over tokens of weights[token panel][row][token] * values[dimension panel][token][:]
+// for the token panels first .. last; of the last panel, the first last_tokens tokens. weights has weight_pitch floats a token
+// panel, values value_pitch a dimension panel.
+// The products are added up from 0 and then to `out`: one long sum would lose a digit over some thousand tokens.
+template <int kR>
+static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
+                         int last_tokens, int dim_panels) {
+    const int whole = last_tokens < kPanel ? last - 1 : last;
+    for (int d = 0; d < dim_panels; ++d) {
+        Floats acc[kR][kVectors] = {};
+        const float* panels = values + d * value_pitch;
+        for (int p = first; p < whole; ++p) multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, panels + p * kPanel * kPanel, kPanel);
+        if (whole < last) multiply<kR, kPanel, 1>(acc, weights + whole * weight_pitch, panels + whole * kPanel * kPanel, last_tokens);
+        add_block(out + d * kRows * kPanel, acc);
+    }
+}
+
+// Keys as sum_over_keys reads them: a weighted operand of `pitch` tokens.
+static void pack_keys_for_queries(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, float* to) {
+    pack_rows(x, first, num_tokens, dim, pitch, pitch, to);
+}
+
+RINGSPAN_INLINE float key_at(const float* keys, int64_t pitch, int64_t token, int64_t d) { return weighted_at(keys, pitch, token, d); }
+
+// Rows of accumulators in the product for dq. They need not divide kPanel: the last ones are then computed twice.
+constexpr int kDqRows = kRows < 8 ? 4 : kRows < 16 ? 11 : 16;
+static_assert(kDqRows <= kPanel);
+
+// sums[query][dimension] = sum over keys of ds[key][query] * keys[key][dimension], a panel of each
+static void sum_over_keys(const float* ds, const float* keys, int64_t num_keys, float* sums) {
+    for (int next = 0; next < kPanel; next += kDqRows) {
+        const int r = next + kDqRows <= kPanel ? next : kPanel - kDqRows;
+        Floats acc[kDqRows][kVectors] = {};
+        multiply<kDqRows, 1, kPanel>(acc, ds + r, keys, num_keys);
+        store_block(sums + r * kPanel, acc);
+    }
+}
+
+}  // namespace ringspan::RINGSPAN_ISA
