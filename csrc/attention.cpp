@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <initializer_list>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -32,13 +33,18 @@ static int64_t tiles_per_item(int64_t most, int64_t tiles_per_head, int64_t num_
     return (tiles_per_head + num_items - 1) / num_items;
 }
 
-// Whether an array can be read as pairs of neighbouring dimensions.
-static bool is_made_of_pairs(const Input& x) {
-    return x.dtype == DType::bfloat16 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0 && x.stride[0] % 2 == 0 && x.stride[1] % 2 == 0 &&
-           x.stride[2] % 2 == 0 && x.stride[3] == 1;
+// Whether an array can be read as pairs of neighbouring dimensions where it lies.
+static bool lies_in_pairs(const Input& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 4 == 0 && x.stride[0] % 2 == 0 && x.stride[1] % 2 == 0 && x.stride[2] % 2 == 0 && x.stride[3] == 1;
 }
 
-static bool pairs_are_possible(const Sizes& sizes) { return sizes.dim % 2 == 0 && kernels().has_pairs(); }
+// Whether the arrays can be multiplied as bfloat16 pairs. Tiles take any, and copy what does not lie in pairs.
+static bool makes_pairs(const Sizes& sizes, std::initializer_list<const Input*> arrays) {
+    const Kernels& isa = kernels();
+    return isa.has_pairs() && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
+        return x->dtype == DType::bfloat16 && (isa.rest || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
+    });
+}
 
 static const Kernels& kernels_for(bool pairs) { return pairs || !kernels().rest ? kernels() : *kernels().rest; }
 
@@ -76,8 +82,10 @@ void absorb(const AbsorbCall& given, int num_threads) {
     AbsorbCall call = given;
     const Sizes& sizes = call.sizes();
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
-    call.bfloat16_pairs = pairs_are_possible(sizes) && is_made_of_pairs(call.q) &&
-                          std::all_of(call.runs, call.runs + call.num_runs, [](const KeyRun& run) { return is_made_of_pairs(run.k); });
+    // The values are no pairs of dimensions, but tiles want them in bfloat16.
+    call.bfloat16_pairs = std::all_of(call.runs, call.runs + call.num_runs, [&](const KeyRun& run) {
+        return makes_pairs(sizes, {&call.q, &run.k}) && (!kernels().rest || run.v.dtype == DType::bfloat16);
+    });
     const Kernels& isa = kernels_for(call.bfloat16_pairs);
     struct Context {
         const AbsorbCall& call;
@@ -120,8 +128,7 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
     const Sizes& sizes = call.sizes;
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
     if (!call.dq.data && !call.dk.data) return;
-    call.bfloat16_pairs = pairs_are_possible(sizes) && is_made_of_pairs(call.q) && is_made_of_pairs(call.k) && is_made_of_pairs(call.v) &&
-                          is_made_of_pairs(call.dout);
+    call.bfloat16_pairs = makes_pairs(sizes, {&call.q, &call.k, &call.v, &call.dout});
     const Kernels& isa = kernels_for(call.bfloat16_pairs);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
     // Not by the number of threads: dq is summed item by item, and its bits must not depend on them.

@@ -1,4 +1,4 @@
-// AVX-512 with AMX's products of bfloat16, for calls that are made of bfloat16 pairs.
+// AVX-512 with AMX's products of bfloat16, for calls of bfloat16.
 #define RINGSPAN_ISA amx
 #define RINGSPAN_ROWS 32
 #define RINGSPAN_ROW_STEP 16

@@ -28,7 +28,7 @@ struct GradientItem {
 struct Kernels {
     const char* name;
     bool (*has_pairs)();       // whether this processor has dot products of bfloat16 pairs
-    const Kernels* rest;       // what serves calls that are not made of pairs; null: these kernels do
+    const Kernels* rest;       // what serves calls that are not of bfloat16 alone; null: these kernels do
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item

@@ -1,4 +1,4 @@
-// The products by tiles of bfloat16 pairs: what products_fma.h offers, for calls whose inputs are made of pairs.
+// The products by tiles of bfloat16 pairs: what products_fma.h offers, for calls of bfloat16.
 //
 // A tile's product with a panel is four products of 16 x 16. Inputs are as exact here as in float32, and so are their products. A
 // weight is split into two bfloat16 of 8 bits, high + low, and multiplied twice: what is lost is at most 2^-17 of it, where
@@ -47,8 +47,36 @@ RINGSPAN_INLINE float bfloat16_at(const float* pair, int64_t which) {
     return x;
 }
 
+// Tokens of any strides and any number of dimensions, one by one: the pair of dimensions d of token t goes to
+// to[t * token_pitch + d * pair_pitch], in zeros.
+static float pack_one_by_one(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int64_t token_pitch, int64_t pair_pitch, float* to) {
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + x.offset + first * x.token_stride;
+    float largest = 0;
+    for (int64_t t = 0; t < num_tokens; ++t) {
+        float norm = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+            const uint16_t bits = from[t * x.token_stride + d * x.dim_stride];
+            float* pair = to + t * token_pitch + d / 2 * pair_pitch;
+            memcpy(reinterpret_cast<uint16_t*>(pair) + d % 2, &bits, sizeof bits);
+            const float value = bfloat16_at(pair, d % 2);
+            norm += value * value;
+        }
+        if (!(norm < __builtin_inff())) largest = __builtin_inff();
+        largest = norm > largest ? norm : largest;
+    }
+    return largest;
+}
+
+static bool lie_in_pairs(const Tokens& x, int64_t dim) {
+    return x.dim_stride == 1 && dim % 2 == 0 && x.offset % 2 == 0 && x.token_stride % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
+}
+
 static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
     const int64_t width = operand_floats(dim, true);
+    if (!lie_in_pairs(x, dim)) {
+        memset(to, 0, kRows * width * sizeof(float));
+        return pack_one_by_one(x, first, num_tokens, dim, width, 1, to);
+    }
     const Tokens pairs = as_pairs(x);
     const Bfloat16Pair* from = static_cast<const Bfloat16Pair*>(x.data) + pairs.offset + first * pairs.token_stride;
     Floats squares[kRows] = {};
@@ -73,6 +101,10 @@ static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64
 }
 
 static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
+    if (!lie_in_pairs(x, dim)) {
+        memset(to, 0, operand_floats(dim, true) * kPanel * sizeof(float));
+        return pack_one_by_one(x, first, num_tokens < kPanel ? num_tokens : kPanel, dim, 1, kPanel, to);
+    }
     memset(to + dim / 2 * kPanel, 0, (operand_floats(dim, true) - dim / 2) * kPanel * sizeof(float));
     return pack_columns(as_pairs(x), first, num_tokens, dim / 2, kPanel, to);
 }
