@@ -172,6 +172,14 @@ def test_forward_error_is_at_most_twice_that_of_torch(keys, dim, spread):
     assert relative_error(finalize(*tile.forward())[0], out) <= max(1e-6, 2 * relative_error(torch_out, out))
 
 
+@pytest.mark.parametrize("keys", [300, 4096, 50000])
+def test_the_error_in_bfloat16_does_not_grow_with_the_keys(keys):
+    """Before the output is rounded it is that of float32, or of weights of 16 bits."""
+    tile = full_tile(1, 2, 1, 100, keys, 64, torch.bfloat16)
+    out, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
+    assert relative_error(finalize(*tile.forward())[0], out) <= 2e-6 + weight_error(tile)
+
+
 @thorough
 @given(tiles())
 def test_forward_matches_float64(tile):
@@ -598,6 +606,19 @@ assert (run() == before).all()
 )
 def test_a_forked_child_starts_helpers_of_its_own(imports):
     subprocess.run([sys.executable, "-c", FORK.format(imports=imports)], check=True, timeout=120)
+
+
+def test_torch_and_the_kernel_use_the_same_threads_in_turn():
+    """Both may use tiles (AMX), which are set up by thread."""
+    tile = full_tile(1, 4, 4, 300, 400, 64, torch.bfloat16)
+
+    def by_torch():
+        return torch.nn.functional.scaled_dot_product_attention(tile.q, tile.k, tile.v), tile.q @ tile.k.mT
+
+    before, mine = by_torch(), tile.forward(num_threads=2)
+    for _ in range(5):
+        assert all(torch.equal(x, y) for x, y in zip(by_torch(), before, strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(tile.forward(num_threads=2), mine, strict=True))
 
 
 def test_an_unknown_instruction_set_is_an_error():
