@@ -50,6 +50,9 @@ static inline float left_over(float x, float constant, float rest, float rounded
     return left < -20 ? -20 : left > 20 ? 20 : left;
 }
 
+// The lower half of a NaN may hold all that makes it one, and products of bfloat16 see the upper half.
+static inline float with_plain_nan(float x) { return x == x ? x : __builtin_nanf(""); }
+
 static inline Ints consecutive(int32_t first) {
     Ints lanes;
     for (int i = 0; i < kLanes; ++i) lanes[i] = first + i;

@@ -41,7 +41,7 @@ static bool lies_in_pairs(const Input& x) {
 // Whether the arrays can be multiplied as bfloat16 pairs. Tiles take any, and copy what does not lie in pairs.
 static bool makes_pairs(const Sizes& sizes, std::initializer_list<const Input*> arrays) {
     const Kernels& isa = kernels();
-    return isa.has_pairs() && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
+    return isa.has_pairs && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
         return x->dtype == DType::bfloat16 && (isa.rest || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
     });
 }

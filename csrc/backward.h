@@ -118,7 +118,8 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
         block.factors[r] = 1;
         block.minus_lse[r] = block.minus_delta[r] = 0;
         if (block.lo[r] >= block.hi[r]) continue;
-        const float lse = call.lse.at(b, block.head, block.first_row + r), delta = call.delta.at(b, block.head, block.first_row + r);
+        const float lse = with_plain_nan(call.lse.at(b, block.head, block.first_row + r));
+        const float delta = with_plain_nan(call.delta.at(b, block.head, block.first_row + r));
         // p = 2^(s - lse log2(e)) = 2^(s - product) 2^-rest
         const float product = lse * kLog2E, rest = left_over(lse, kLog2E, kLog2ERest, product);
         if (rest == rest) block.factors[r] = exp2(-rest);

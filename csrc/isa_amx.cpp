@@ -3,6 +3,7 @@
 #define RINGSPAN_ROWS 32
 #define RINGSPAN_ROW_STEP 16
 #define RINGSPAN_QUERIES_PER_ITEM 1024
+#define RINGSPAN_PAIRS true
 #define RINGSPAN_TILES "tiles_amx.h"
 #define RINGSPAN_REST avx512
 #include "simd_avx512.h"

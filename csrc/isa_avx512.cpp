@@ -4,5 +4,6 @@
 #define RINGSPAN_ROWS 14
 #define RINGSPAN_ROW_STEP 2  // ragged tiles run with 2, 4, .. 14 rows
 #define RINGSPAN_QUERIES_PER_ITEM 1008
+#define RINGSPAN_PAIRS false
 #include "simd_avx512.h"
 #include "tile_kernel.h"

@@ -27,7 +27,7 @@ struct GradientItem {
 
 struct Kernels {
     const char* name;
-    bool (*has_pairs)();       // whether this processor has dot products of bfloat16 pairs
+    bool has_pairs;            // dot products of bfloat16 pairs
     const Kernels* rest;       // what serves calls that are not of bfloat16 alone; null: these kernels do
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
@@ -40,6 +40,9 @@ struct Kernels {
 };
 
 namespace amx {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 namespace avx512 {

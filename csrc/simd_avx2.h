@@ -13,7 +13,6 @@ constexpr int kRowStep = 2;  // ragged tiles run with 2, 4, 6 rows
 constexpr int kQueriesPerItem = 1024;  // packing is a transposition, dearer beside the products than on AVX-512
 
 constexpr bool kHasPairs = false;  // no dot product of bfloat16 pairs
-static inline bool has_pairs() { return false; }
 
 typedef float Floats __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(32)));

@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, DQ, VL): 16 floats in a register, 32 registers. The file that includes this says how many rows a tile has:
-// RINGSPAN_ROWS, RINGSPAN_ROW_STEP, RINGSPAN_QUERIES_PER_ITEM.
+// RINGSPAN_ROWS, RINGSPAN_ROW_STEP, RINGSPAN_QUERIES_PER_ITEM; and whether bfloat16 is multiplied in pairs: RINGSPAN_PAIRS.
 #pragma once
 
 #include <immintrin.h>
@@ -22,19 +22,13 @@ static inline Floats all(float x) { return (Floats)_mm512_set1_ps(x); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 static inline Floats multiply_add_broadcast(const float* a, Floats b, Floats c) { return multiply_add(all(*a), b, c); }
 
-// c + the dot product of two bfloat16 pairs, in float32: tiles have it (AMX), or AVX512_BF16. The latter is worth it on AMD's
-// processors; Intel's did pairs at two thirds of the rate of the float32 that they hold (Sapphire Rapids).
-constexpr bool kHasPairs = true;
-#ifdef RINGSPAN_TILES
-static inline bool has_pairs() { return true; }
-#else
-static inline bool has_pairs() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_is("amd"); }
-#endif
-// The intrinsic would need the whole file compiled for AVX512_BF16.
+constexpr bool kHasPairs = RINGSPAN_PAIRS;
+#ifdef __AVX512BF16__
+// c + the dot products of bfloat16 pairs, in float32
 static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(b), "v"(all(*a)));
-    return c;
+    return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)all(*a));
 }
+#endif
 
 static inline Floats widen_bfloat16(const uint16_t* p) {
     const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));

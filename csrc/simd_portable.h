@@ -14,7 +14,6 @@ constexpr int kRowStep = RINGSPAN_ROW_STEP;
 constexpr int kQueriesPerItem = RINGSPAN_QUERIES_PER_ITEM;
 
 constexpr bool kHasPairs = RINGSPAN_PAIRS;  // dot products of bfloat16 pairs
-static inline bool has_pairs() { return kHasPairs; }
 
 typedef float Floats __attribute__((vector_size(4 * RINGSPAN_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * RINGSPAN_LANES)));

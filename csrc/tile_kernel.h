@@ -28,7 +28,7 @@ namespace ringspan::RINGSPAN_ISA {
 
 const Kernels kernels = {
     RINGSPAN_NAME(RINGSPAN_ISA),
-    has_pairs,
+    kHasPairs,
 #ifdef RINGSPAN_REST
     &RINGSPAN_REST::kernels,
 #else

@@ -292,6 +292,18 @@ def test_a_nan_among_hidden_pairs_does_not_show_in_the_gradients(name):
         assert relative_error(a, b.double()) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00000, 0x7FFFFFFF, -0x7FFFFF], ids=hex)  # the last: 0xff800001
+@pytest.mark.parametrize("name", ["lse", "delta"])
+def test_a_nan_is_a_nan_whatever_its_bits(name, bits, dtype):
+    tile = full_tile(1, 1, 1, 40, 40, 16, dtype)
+    rows = {"lse": torch.zeros(1, 1, 40), "delta": torch.zeros(1, 1, 40)}
+    rows[name].view(torch.int32)[..., 7] = bits
+    dq, dk, dv = tile.backward(**rows)
+    assert dq[:, :, 7].isnan().all() and dq.isnan().sum() == 16
+    assert dk.isnan().all() and (name == "delta" or dv.isnan().all())
+
+
 @thorough
 @given(tiles())
 def test_a_row_that_sees_nothing_keeps_its_bits(tile):
