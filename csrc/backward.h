@@ -142,8 +142,8 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
 static void multiply_queries(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp) {
     const int64_t dim = call.sizes.dim, at = panel * kPanel * operand_floats(dim, call.bfloat16_pairs);
     with_rows(tile.rows, [&]<int kR>() {
-        multiply_panel<kR>(tile.keys, block.query_columns + at, dim, call.bfloat16_pairs, scores);
-        multiply_panel<kR>(tile.values, block.dout_columns + at, dim, call.bfloat16_pairs, dp);
+        multiply_panel<kR>(tile.keys, block.query_columns + at, dim, call.bfloat16_pairs, kPanel, scores);
+        multiply_panel<kR>(tile.values, block.dout_columns + at, dim, call.bfloat16_pairs, kPanel, dp);
     });
 }
 

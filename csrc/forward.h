@@ -182,12 +182,13 @@ static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, in
     }
 }
 
-static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBlock& block, int first, int last, float* weights, Fetch& fetch) {
+static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBlock& block, int first, int last, int last_keys, float* weights, Fetch& fetch) {
     const int64_t dim = call.sizes().dim, pitch = kPanel * operand_floats(dim, call.bfloat16_pairs);
     with_rows(tile.rows, [&]<int kR>() {
         for (int p = first; p < last; ++p) {
             fetch_some(fetch);
-            multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, weights + p * kRows * kPanel);
+            const int seen = p + 1 < last ? kPanel : last_keys;
+            multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, seen, weights + p * kRows * kPanel);
         }
     });
 }
@@ -328,7 +329,8 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     int next = first;
     Floats sums[kRows] = {};
     if (safe && !plain && tile.rows == kRows) next = weigh_seen_panels(tile, block, dim, scale, first, last, weights, sums, fetch);
-    multiply_block(call, tile, block, next, last, weights, fetch);
+    const int last_tokens = end - block.begin - (last - 1) * kPanel;
+    multiply_block(call, tile, block, next, last, last_tokens, weights, fetch);
     bool finished[kKeyBlock / kPanel];
     for (int p = next; p < last; ++p) {
         const int32_t key = block.begin + p * kPanel;
@@ -342,7 +344,6 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
         return add_visible_values(tile, block, dim, weights);
     }
     compute_weights<false>(tile, scale, next, last, finished, sums, weights);
-    const int last_tokens = end - block.begin - (last - 1) * kPanel;
     with_rows(tile.rows, [&]<int kR>() {
         add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
                          round_up(dim, kPanel) / kPanel);

@@ -166,7 +166,7 @@ RINGSPAN_INLINE void store_result(float* out) {
 }
 
 template <int kR>
-RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, float* out) {
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, int, float* out) {
     const int64_t width = operand_floats(dim, true);
     zero_result<kR>();
     for (int64_t d = 0; d < width; d += kSide) {

@@ -38,17 +38,17 @@ RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t t
 
 // acc[r][:] += sum over steps n of a[n * kStepPitch + r * kRowPitch] * b[n][0 .. kPanel). With kPairs each of these numbers is
 // two bfloat16 and their product is a dot product.
-template <int kR, int kRowPitch, int kStepPitch, bool kPairs = false>
-RINGSPAN_INLINE void multiply(Floats (&acc)[kR][kVectors], const float* a, const float* b, int64_t num_steps) {
+template <int kR, int kRowPitch, int kStepPitch, bool kPairs = false, int kWidth = kVectors>
+RINGSPAN_INLINE void multiply(Floats (&acc)[kR][kWidth], const float* a, const float* b, int64_t num_steps) {
 #pragma GCC unroll 2
     for (int64_t n = 0; n < num_steps; ++n, a += kStepPitch, b += kPanel) {
-        Floats column[kVectors];
+        Floats column[kWidth];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes);
+        for (int v = 0; v < kWidth; ++v) column[v] = load(b + v * kLanes);
 #pragma GCC unroll 32
         for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
+            for (int v = 0; v < kWidth; ++v) {
                 if constexpr (kPairs) {
                     acc[r][v] = dot_pairs_broadcast(a + r * kRowPitch, column[v], acc[r][v]);
                 } else {
@@ -59,12 +59,12 @@ RINGSPAN_INLINE void multiply(Floats (&acc)[kR][kVectors], const float* a, const
     }
 }
 
-template <int kR>
-RINGSPAN_INLINE void store_block(float* to, const Floats (&acc)[kR][kVectors]) {
+template <int kR, int kWidth>
+RINGSPAN_INLINE void store_block(float* to, const Floats (&acc)[kR][kWidth]) {
 #pragma GCC unroll 32
     for (int r = 0; r < kR; ++r) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) store(to + r * kPanel + v * kLanes, acc[r][v]);
+        for (int v = 0; v < kWidth; ++v) store(to + r * kPanel + v * kLanes, acc[r][v]);
     }
 }
 
@@ -80,17 +80,24 @@ RINGSPAN_INLINE void add_block(float* to, const Floats (&acc)[kR][kVectors]) {
     }
 }
 
-// out[row][column] = left . right
-template <int kR>
-RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool pairs, float* out) {
+template <int kR, int kWidth>
+RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, bool pairs, float* out) {
+    Floats acc[kR][kWidth] = {};
     if (kHasPairs && pairs) {
-        Floats acc[kR][kVectors] = {};
         multiply<kR, 1, kRows, kHasPairs>(acc, left, right, dim / 2);
-        store_block(out, acc);
     } else {
-        Floats acc[kR][kVectors] = {};
         multiply<kR, 1, kRows>(acc, left, right, dim);
-        store_block(out, acc);
+    }
+    store_block(out, acc);
+}
+
+// out[row][column] = left . right, for the first `columns` at least.
+template <int kR>
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool pairs, int columns, float* out) {
+    if (columns > kLanes) {
+        multiply_registers<kR, kVectors>(left, right, dim, pairs, out);
+    } else {
+        multiply_registers<kR, 1>(left, right, dim, pairs, out);
     }
 }
 

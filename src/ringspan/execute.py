@@ -62,8 +62,10 @@ def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tupl
             clock.computed(work.take(step, k, v))
             traffic.receive_shard(arriving, still_read=work.is_waiting)
             clock.finish(step, arriving)
+        out, lse = state.finalize(q.dtype)
+    del state, work  # the others may read on for long
     channel.close()
-    return state.finalize(q.dtype)
+    return out, lse
 
 
 def backward(

@@ -276,7 +276,7 @@ def _who(rank: int | None) -> str:
 
 
 class _Mailbox:
-    """What one rank waits on: parcels that came for it, agreements, and readers of what it lent."""
+    """What is waited for at one rank: the parcels that it lends, agreements, and the readers of what it lent."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -364,16 +364,16 @@ class _LocalChannel(Channel):
         owners = [self.rank if parcel.owner is None else parcel.owner for _, parcel in sends]
         for owner, count in Counter(owners).items():  # before any of them can be released
             self._count_readers(owner, count)
-        for (peer, parcel), owner in zip(sends, owners, strict=True):
-            box = self._board.boxes[self._members[peer]]
-            with box.changed:
-                box.parcels[(self._call, self._group_rank, index, lane)] = Parcel(parcel.tensors, owner, ready)
-                box.changed.notify_all()
+        box = self._board.boxes[self._group_rank]
+        with box.changed:
+            for (peer, parcel), owner in zip(sends, owners, strict=True):
+                box.parcels[(self._call, self._members[peer], index, lane)] = Parcel(parcel.tensors, owner, ready)
+            box.changed.notify_all()
 
     def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
         source = self._members[peer]
-        box = self._board.boxes[self._group_rank]
-        key = (self._call, source, index, lane)
+        box = self._board.boxes[source]
+        key = (self._call, self._group_rank, index, lane)
         self._wait(box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}")
         parcel = box.parcels.pop(key)
         _check_device(parcel, source, spec)
