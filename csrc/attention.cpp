@@ -38,15 +38,15 @@ static bool lies_in_pairs(const Input& x) {
     return reinterpret_cast<uintptr_t>(x.data) % 4 == 0 && x.stride[0] % 2 == 0 && x.stride[1] % 2 == 0 && x.stride[2] % 2 == 0 && x.stride[3] == 1;
 }
 
-// Whether the arrays can be multiplied as bfloat16 pairs. Tiles take any, and copy what does not lie in pairs.
+// Whether the arrays can be multiplied as bfloat16 pairs. Tiles copy what does not lie in pairs.
 static bool makes_pairs(const Sizes& sizes, std::initializer_list<const Input*> arrays) {
     const Kernels& isa = kernels();
     return isa.has_pairs && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
-        return x->dtype == DType::bfloat16 && (isa.rest || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
+        return x->dtype == DType::bfloat16 && (isa.pairs_only || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
     });
 }
 
-static const Kernels& kernels_for(bool pairs) { return pairs || !kernels().rest ? kernels() : *kernels().rest; }
+static const Kernels& kernels_for(bool pairs) { return kernels().pairs_only && !pairs ? *kernels().rest : kernels(); }
 
 // The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
 // What a tile computes does not depend on the item that it is in, and so the items may depend on the number of threads.
@@ -84,7 +84,7 @@ void absorb(const AbsorbCall& given, int num_threads) {
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
     // The values are no pairs of dimensions, but tiles want them in bfloat16.
     call.bfloat16_pairs = std::all_of(call.runs, call.runs + call.num_runs, [&](const KeyRun& run) {
-        return makes_pairs(sizes, {&call.q, &run.k}) && (!kernels().rest || run.v.dtype == DType::bfloat16);
+        return makes_pairs(sizes, {&call.q, &run.k}) && (!kernels().pairs_only || run.v.dtype == DType::bfloat16);
     });
     const Kernels& isa = kernels_for(call.bfloat16_pairs);
     struct Context {

@@ -64,7 +64,7 @@ struct AbsorbCall {
     float scale;
     const KeyRun* runs;
     int64_t num_runs;
-    bool bfloat16_pairs = false;  // set by absorb where scores may be dot products of bfloat16 pairs
+    bool bfloat16_pairs = false;  // set by absorb where scores are dot products of bfloat16 pairs
 
     const Sizes& sizes() const { return runs[0].sizes; }
 };

@@ -10,7 +10,7 @@ namespace ringspan::RINGSPAN_ISA {
 constexpr int kQueryPanels = kQueryBlock / kPanel;
 constexpr int kKeyTilesPerItem = kKeysPerItem / kRows;
 constexpr int kItemKeys = kKeyTilesPerItem * kRows;
-static_assert(kQueryBlock % kPanel == 0);
+static_assert(kQueryBlock % kPanel == 0 && kRows % 2 == 0);
 
 struct KeyTile {
     int32_t begin, end;

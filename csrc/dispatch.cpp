@@ -17,8 +17,11 @@ static bool get_amx() {
 #if defined(RINGSPAN_HAS_X86_KERNELS) && defined(__linux__)
     constexpr unsigned kBfloat16 = 1 << 22, kTile = 1 << 24;  // leaf 7, edx
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBfloat16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    static const bool granted = [] {
+        unsigned a, b, c, d;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBfloat16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return granted;
 #else
     return false;
 #endif

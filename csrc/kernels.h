@@ -28,7 +28,8 @@ struct GradientItem {
 struct Kernels {
     const char* name;
     bool has_pairs;            // dot products of bfloat16 pairs
-    const Kernels* rest;       // what serves calls that are not of bfloat16 alone; null: these kernels do
+    bool pairs_only;           // serves calls of bfloat16 alone, in any layout
+    const Kernels* rest;       // where pairs_only: what serves the other calls
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item

@@ -29,6 +29,7 @@ namespace ringspan::RINGSPAN_ISA {
 const Kernels kernels = {
     RINGSPAN_NAME(RINGSPAN_ISA),
     kHasPairs,
+    kPairsOnly,
 #ifdef RINGSPAN_REST
     &RINGSPAN_REST::kernels,
 #else

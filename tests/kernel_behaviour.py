@@ -225,13 +225,13 @@ class KernelBehaviour:
 
     @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
-    def test_any_finite_scale_is_taken_as_it_is(self, kind, scale):
-        self.check(make_tile(VISIBLE[kind](63, 129), scale=scale, dtype=self.dtypes[0]))
+    def test_any_finite_scale_is_taken_as_it_is(self, kind, scale, dtype):
+        self.check(make_tile(VISIBLE[kind](63, 129), scale=scale, dtype=dtype))
 
     @pytest.mark.parametrize("size", [2.0, 5.0])
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
-    def test_it_is_exact_for_peaked_rows(self, kind, size):
-        self.check(make_tile(VISIBLE[kind](129, 333), dim=64, size=size, dtype=self.dtypes[0]))
+    def test_it_is_exact_for_peaked_rows(self, kind, size, dtype):
+        self.check(make_tile(VISIBLE[kind](129, 333), dim=64, size=size, dtype=dtype))
 
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
     @pytest.mark.parametrize("factor", [2.0**-70, 2.0**70])
@@ -246,8 +246,8 @@ class KernelBehaviour:
         self.check_gradients(tile, [x / factor for x in scaled])
 
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
-    def test_a_gradient_of_lse_alone_is_exact(self, kind):
-        tile = make_tile(VISIBLE[kind](63, 129), dtype=self.dtypes[0])
+    def test_a_gradient_of_lse_alone_is_exact(self, kind, dtype):
+        tile = make_tile(VISIBLE[kind](63, 129), dtype=dtype)
         tile.do[:, :, ::2] = 0  # rows that only lse pulls at, between rows that both do
         self.check_gradients(tile, backward(self.kernel, tile))
 
@@ -275,8 +275,8 @@ class KernelBehaviour:
     # Parts of a tile
 
     @visible_kinds
-    def test_absorbing_a_tile_in_pieces_is_as_exact_as_in_one_go(self, kind):
-        tile = make_tile(VISIBLE[kind](131, 190), batch=BATCH, heads=HEADS, kv_heads=2, dtype=self.dtypes[0])
+    def test_absorbing_a_tile_in_pieces_is_as_exact_as_in_one_go(self, kind, dtype):
+        tile = make_tile(VISIBLE[kind](131, 190), batch=BATCH, heads=HEADS, kv_heads=2, dtype=dtype)
         state, found, (lse, delta) = SoftmaxState.empty(tile.q), empty_gradients(tile), row_constants(self.kernel, tile)
         # Keys back to front, and one piece of no keys at all.
         for rows, keys in product(_pieces(0, 1, 50, 131), reversed(_pieces(0, 60, 60, 61, 128, 190))):
@@ -363,8 +363,8 @@ class KernelBehaviour:
         self.check(tile._replace(**strided))
 
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
-    def test_state_and_gradients_may_be_views_of_something_larger(self, kind):
-        tile = make_tile(VISIBLE[kind](63, 70), batch=BATCH, heads=HEADS, kv_heads=2, dtype=self.dtypes[0])
+    def test_state_and_gradients_may_be_views_of_something_larger(self, kind, dtype):
+        tile = make_tile(VISIBLE[kind](63, 70), batch=BATCH, heads=HEADS, kv_heads=2, dtype=dtype)
         state, found = SoftmaxState.empty(tile.q), empty_gradients(tile)
         views = SoftmaxState(*(_inside_nan(x) for x in (state.acc, state.row_max, state.row_sum)))
         found = [_inside_nan(x) for x in found]
@@ -415,9 +415,9 @@ class KernelBehaviour:
     @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
     @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
     @visible_kinds
-    def test_nan_and_inf_reach_only_what_sees_them(self, kind, where, bad):
+    def test_nan_and_inf_reach_only_what_sees_them(self, kind, where, bad, dtype):
         visible = VISIBLE[kind](70, 90)
-        clean = make_tile(visible, batch=BATCH, heads=HEADS, kv_heads=2, dtype=self.dtypes[0])
+        clean = make_tile(visible, batch=BATCH, heads=HEADS, kv_heads=2, dtype=dtype)
         tile = clean._replace(**{where: getattr(clean, where).clone()})
         index = (1, 1, 41, 3)  # one batch entry, one head, one row or key, one of the dims
         getattr(tile, where)[index] = bad
@@ -446,7 +446,11 @@ class KernelBehaviour:
             # A score of inf may end as a weight of 0 or 1, but a NaN, or an infinite value, must never get lost.
             if np.isnan(bad) or (where == "v" and name == "out"):
                 assert torch.equal(nonfinite, reached), f"{name}: {bad} got lost"
-            torch.testing.assert_close(mine[~reached], good[~reached], rtol=1e-4, atol=1e-5)
+            # What is computed in another way may round another way, out to the inputs' dtype, and delta is made of it.
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(
+                mine[~reached], good[~reached], rtol=max(1e-4, 2 * eps), atol=max(1e-5, eps / 10)
+            )
 
 
 def _reached_rows(seen: Tensor, where: str, index: tuple[int, int, int, int]) -> Tensor:

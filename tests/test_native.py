@@ -327,11 +327,12 @@ def test_results_have_the_same_bits_whatever_the_number_of_threads(tile):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 40.0])
 @pytest.mark.parametrize("mask", [{}, {"upper": 1}, {"lower": -200, "upper": 1}, {"lower": 3, "upper": 150}], ids=str)
-def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread):
+def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread, dtype):
     """More threads make smaller items. One long key sends its block another way, and one value is inf."""
-    tile = full_tile(1, 2, 1, 700, 650, 40, spread=spread, **mask)
+    tile = full_tile(1, 2, 1, 700, 650, 40, dtype, spread=spread, **mask)
     tile.k[0, 0, 500] *= 50
     tile.v[0, 0, 300, 7] = math.inf
     one, *others = ([x.contiguous().view(torch.int32) for x in tile.forward(n)] for n in (1, 2, 3, 16, 64))
