@@ -34,7 +34,7 @@ static std::vector<const Kernels*> available() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
         if (get_amx()) found.push_back(&amx::kernels);
-        // AMD's processors do dot products of pairs as fast as multiply-adds (Zen 4), Intel's half as fast: no gain there.
+        // AMD's processors do dot products of pairs as fast as multiply-adds (Zen 4); Intel's have not been seen to gain by them.
         const bool pairs = __builtin_cpu_supports("avx512bf16"), pairs_are_fast = __builtin_cpu_is("amd");
         if (pairs && pairs_are_fast) found.push_back(&avx512_bf16::kernels);
         found.push_back(&avx512::kernels);

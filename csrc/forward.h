@@ -182,12 +182,12 @@ static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, in
     }
 }
 
-static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBlock& block, int first, int last, int last_keys, float* weights, Fetch& fetch) {
+static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBlock& block, int first, int last, int last_tokens, float* weights, Fetch& fetch) {
     const int64_t dim = call.sizes().dim, pitch = kPanel * operand_floats(dim, call.bfloat16_pairs);
     with_rows(tile.rows, [&]<int kR>() {
         for (int p = first; p < last; ++p) {
             fetch_some(fetch);
-            const int seen = p + 1 < last ? kPanel : last_keys;
+            const int seen = p + 1 < last ? kPanel : last_tokens;
             multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, seen, weights + p * kRows * kPanel);
         }
     });

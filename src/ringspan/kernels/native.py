@@ -33,7 +33,8 @@ except ImportError as error:
 class Native:
     name = "native"
     sets_threads = True
-    enough_keys = 4096  # in calls of 256, a fifth of the time goes into reading the queries and moving the state
+    # In calls of 256, a fifth of the time goes into reading the queries and moving the state.
+    enough_keys = 4096
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
         if _missing is not None:
