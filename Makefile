@@ -4,18 +4,20 @@ PYTHON ?= python3.11
 PIP_ARGS ?=
 BIN := .venv/bin
 
-ISAS := amx avx512_bf16 avx512 avx2 baseline
-# Those of them that this processor runs.
+ISAS := amx amx_rounded avx512_bf16 avx512_rounded avx512 avx2 baseline
+# Those that this processor runs, by their names in RINGSPAN_ISA; those that round weights come with them.
 RUNNABLE := $(if $(shell grep -m1 amx_bf16 /proc/cpuinfo),amx) $(if $(shell grep -m1 avx512_bf16 /proc/cpuinfo),avx512_bf16) \
 	$(if $(shell grep -m1 avx512dq /proc/cpuinfo),avx512) $(if $(shell grep -m1 avx2 /proc/cpuinfo),avx2) baseline
 CXX ?= g++
 # Where the sanitizers run, the shapes of the AVX-512 and AMX kernels too, in plain C++ (tests/isa_*_shape.cpp).
-SHAPES := avx512_shape amx_shape
-SANITIZED := $(RUNNABLE) $(SHAPES)
+SHAPES := avx512_shape avx512_rounded_shape amx_shape amx_rounded_shape
+SANITIZED := $(RUNNABLE) avx512_shape amx_shape
 KERNEL := $(wildcard csrc/*.h) csrc/attention.cpp csrc/dispatch.cpp csrc/mask.cpp csrc/openmp.cpp csrc/threads.cpp
 FLAGS_avx512 := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512
 FLAGS_avx512_bf16 := $(FLAGS_avx512) -mavx512bf16
+FLAGS_avx512_rounded := $(FLAGS_avx512_bf16)
 FLAGS_amx := $(FLAGS_avx512)
+FLAGS_amx_rounded := $(FLAGS_avx512)
 FLAGS_avx2 := -mavx2 -mfma -mf16c
 WARNINGS := -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all

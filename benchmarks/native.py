@@ -33,6 +33,7 @@ class Case:
     causal: bool = False
     backward: bool = False
     against_float32: bool = False  # compare with our own float32 instead of torch
+    rounds_weights: bool = False
 
 
 def table():
@@ -68,6 +69,11 @@ def table():
             causal,
             True,
         )
+    for backward in (False, True) if _native.info()["rounds_weights"] else ():
+        for causal in (False, True):
+            passes, mask = "forward+backward" if backward else "forward", "causal" if causal else "full"
+            name = f"{passes} bfloat16, weights rounded, d128 s4096 {mask}"
+            yield Case(name, 4, 4096, 128, torch.bfloat16, causal, backward, rounds_weights=True)
     for dim in (128, 64):
         for causal in (False, True):
             yield Case(
@@ -79,24 +85,22 @@ def table():
             )
 
 
-def native_forward(q, k, v, threads, **mask):
+def native_forward(q, k, v, **options):
     """The tile into an empty state, and the state to (out, lse)."""
     batch, heads, length, dim = q.shape
     acc = torch.zeros(batch, heads, length, dim)
     row_max = torch.full((batch, heads, length), -math.inf)
     row_sum = torch.zeros(batch, heads, length)
-    _native.absorb(acc, row_max, row_sum, q, k, v, scale=dim**-0.5, num_threads=threads, **mask)
+    _native.absorb(acc, row_max, row_sum, q, k, v, scale=dim**-0.5, **options)
     lse = row_max + row_sum.log()
     return acc.div_(row_sum[..., None]).to(q.dtype), lse
 
 
-def native_forward_backward(q, k, v, dout, threads, **mask):
-    out, lse = native_forward(q, k, v, threads, **mask)
+def native_forward_backward(q, k, v, dout, **options):
+    out, lse = native_forward(q, k, v, **options)
     delta = (out.float() * dout.float()).sum(-1)
     dq, dk, dv = (torch.zeros(x.shape) for x in (q, k, v))
-    _native.absorb_gradient(
-        dq, dk, dv, q, k, v, dout, lse, delta, scale=q.shape[-1] ** -0.5, num_threads=threads, **mask
-    )
+    _native.absorb_gradient(dq, dk, dv, q, k, v, dout, lse, delta, scale=q.shape[-1] ** -0.5, **options)
     return [g.to(q.dtype) for g in (dq, dk, dv)]
 
 
@@ -133,15 +137,16 @@ def spread(ratios):
 def measure(case, args, matmul):
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, case.heads, case.length, case.dim).to(case.dtype) for _ in range(4))
-    mask = {"upper": 1} if case.causal else {}
+    options = {"num_threads": args.threads, "upper": 1 if case.causal else None}
+    rounding = {"rounds_weights": case.rounds_weights}
     if case.backward:
-        ours = partial(native_forward_backward, q, k, v, dout, args.threads, **mask)
+        ours = partial(native_forward_backward, q, k, v, dout, **options, **rounding)
         theirs = partial(torch_forward_backward, q, k, v, dout, case.causal)
     else:
-        ours = partial(native_forward, q, k, v, args.threads, **mask)
+        ours = partial(native_forward, q, k, v, **options, **rounding)
         theirs = partial(F.scaled_dot_product_attention, q, k, v, is_causal=case.causal)
     if case.against_float32:
-        theirs = partial(native_forward, q.float(), k.float(), v.float(), args.threads, **mask)
+        theirs = partial(native_forward, q.float(), k.float(), v.float(), **options)
     times = rounds([ours, theirs, matmul], args.rounds)
     pairs = case.length * (case.length + 1) // 2 if case.causal else case.length**2
     operations = case.heads * pairs * case.dim * (14 if case.backward else 4)
@@ -178,8 +183,8 @@ def measure_masks(args):
     for name, (mask, pairs) in masks.items():
         times = rounds(
             [
-                partial(native_forward, q, k, v, args.threads, **mask),
-                partial(native_forward, q, k, v, args.threads, upper=1),
+                partial(native_forward, q, k, v, num_threads=args.threads, **mask),
+                partial(native_forward, q, k, v, num_threads=args.threads, upper=1),
             ],
             args.rounds,
         )

@@ -67,6 +67,11 @@ static inline float sum_of(Floats v) {
     return sum;
 }
 
+// Of a row's weights, lane by lane: as they are, and as products see them.
+struct Sums {
+    Floats exact, seen;
+};
+
 static inline float largest_of(Floats v) {
     float largest = v[0];
     for (int i = 1; i < kLanes; ++i) largest = v[i] > largest ? v[i] : largest;

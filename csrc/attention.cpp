@@ -39,14 +39,15 @@ static bool lies_in_pairs(const Input& x) {
 }
 
 // Whether the arrays can be multiplied as bfloat16 pairs. Tiles copy what does not lie in pairs.
-static bool makes_pairs(const Sizes& sizes, std::initializer_list<const Input*> arrays) {
-    const Kernels& isa = kernels();
+static bool makes_pairs(const Kernels& isa, const Sizes& sizes, std::initializer_list<const Input*> arrays) {
     return isa.has_pairs && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
         return x->dtype == DType::bfloat16 && (isa.pairs_only || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
     });
 }
 
-static const Kernels& kernels_for(bool pairs) { return kernels().pairs_only && !pairs ? *kernels().rest : kernels(); }
+static const Kernels& asked_for(bool rounds_weights) { return rounds_weights ? *kernels().rounded : kernels(); }
+
+static const Kernels& serving(const Kernels& isa, bool pairs) { return isa.pairs_only && !pairs ? *isa.rest : isa; }
 
 // The heaviest items first: under a causal mask the last to be taken are short, and the threads end together.
 // What a tile computes does not depend on the item that it is in, and so the items may depend on the number of threads.
@@ -82,11 +83,12 @@ void absorb(const AbsorbCall& given, int num_threads) {
     AbsorbCall call = given;
     const Sizes& sizes = call.sizes();
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
-    // The values are no pairs of dimensions, but tiles want them in bfloat16.
+    const Kernels& asked = asked_for(call.rounds_weights);
+    // The values are no pairs of dimensions, but those who have pairs only want them in bfloat16.
     call.bfloat16_pairs = std::all_of(call.runs, call.runs + call.num_runs, [&](const KeyRun& run) {
-        return makes_pairs(sizes, {&call.q, &run.k}) && (!kernels().pairs_only || run.v.dtype == DType::bfloat16);
+        return makes_pairs(asked, sizes, {&call.q, &run.k}) && (!asked.pairs_only || run.v.dtype == DType::bfloat16);
     });
-    const Kernels& isa = kernels_for(call.bfloat16_pairs);
+    const Kernels& isa = serving(asked, call.bfloat16_pairs);
     struct Context {
         const AbsorbCall& call;
         const Kernels& isa;
@@ -128,8 +130,9 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
     const Sizes& sizes = call.sizes;
     if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
     if (!call.dq.data && !call.dk.data) return;
-    call.bfloat16_pairs = makes_pairs(sizes, {&call.q, &call.k, &call.v, &call.dout});
-    const Kernels& isa = kernels_for(call.bfloat16_pairs);
+    const Kernels& asked = asked_for(call.rounds_weights);
+    call.bfloat16_pairs = makes_pairs(asked, sizes, {&call.q, &call.k, &call.v, &call.dout});
+    const Kernels& isa = serving(asked, call.bfloat16_pairs);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
     // Not by the number of threads: dq is summed item by item, and its bits must not depend on them.
     const int64_t step = tiles_per_item(isa.key_tiles_per_item, num_tiles, num_heads, 16) * rows;

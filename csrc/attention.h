@@ -64,6 +64,7 @@ struct AbsorbCall {
     float scale;
     const KeyRun* runs;
     int64_t num_runs;
+    bool rounds_weights = false;  // to bfloat16: inputs must be, and the instruction set must offer it
     bool bfloat16_pairs = false;  // set by absorb where scores are dot products of bfloat16 pairs
 
     const Sizes& sizes() const { return runs[0].sizes; }
@@ -77,6 +78,7 @@ struct GradientCall {
     RowValues lse, delta;
     float scale;
     Mask mask;
+    bool rounds_weights = false;
     bool bfloat16_pairs = false;
 };
 

@@ -149,7 +149,7 @@ static void multiply_queries(const GradientCall& call, const KeyTile& tile, cons
 
 // p = 2^(scale log2(e) p - lse), ds = p (ds - delta), in place; both 0 where the query does not see the key.
 // lse and delta come last: where they are larger than the sums on the way, each of their roundings would be of that size.
-// kPlain: both are left as float32, for add_visible and add_visible_to_queries.
+// kPlain: both are float32, for add_visible and add_visible_to_queries.
 template <bool kPlain>
 static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, float scale, bool masked, float* p, float* ds, float* ds_weights) {
     // The rows that fill a ragged tile up take part in dv, dk and dq, as zeros.
@@ -173,7 +173,7 @@ static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, 
                     x = where_inside(key, lo, hi, x, all(0));
                     y = where_inside(key, lo, hi, y, all(0));
                 }
-                if (kPlain) store(p + at, x), store(ds + at, y);
+                if (kPlain) store(p + at, as_seen(x)), store(ds + at, as_seen(y));
             }
         }
         if (!kPlain) store_gradients(p + r * kPanel, ds + r * kPanel, ds_weights + r * kPanel, weight, gradient);

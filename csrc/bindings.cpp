@@ -246,9 +246,17 @@ KeyRun key_run(Arguments& arguments, const Array& qa, nb::handle object, size_t 
     }
 }
 
+bool rounding_of(nb::handle object, const Array& q) {
+    if (!PyBool_Check(object.ptr())) refuse_type("rounds_weights must be a bool, got " + name_of_type(object));
+    if (object.is(nb::bool_(false))) return false;
+    if (dtype_of("q", q) != DType::bfloat16) refuse_type("rounds_weights rounds to bfloat16, which q must be, got " + text_of(q.dtype()));
+    if (!kernels().rounded) refuse_value(std::string("rounds_weights is not offered by the instruction set in use, ") + kernels().name);
+    return true;
+}
+
 // Everything but the keys and values.
 AbsorbCall absorb_call(Arguments& arguments, const Array& qa, nb::handle acc, nb::handle row_max, nb::handle row_sum, nb::handle scale,
-                       const std::vector<KeyRun>& runs) {
+                       nb::handle rounds_weights, const std::vector<KeyRun>& runs) {
     AbsorbCall call{};
     const Sizes& s = runs[0].sizes;
     call.q = arguments.input("q", qa);
@@ -256,23 +264,25 @@ AbsorbCall absorb_call(Arguments& arguments, const Array& qa, nb::handle acc, nb
     call.row_max = arguments.row_values("row_max", row_max, s, true);
     call.row_sum = arguments.row_values("row_sum", row_sum, s, true);
     call.scale = scale_of(scale);
+    call.rounds_weights = rounding_of(rounds_weights, qa);
     call.runs = runs.data();
     call.num_runs = static_cast<int64_t>(runs.size());
     return call;
 }
 
 void py_absorb(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object k, nb::object v, nb::object scale,
-               nb::object lower, nb::object upper, nb::object lo, nb::object hi, nb::object num_threads) {
+               nb::object lower, nb::object upper, nb::object lo, nb::object hi, nb::object num_threads, nb::object rounds_weights) {
     Arguments arguments;
     const Array qa = attention_input("q", "[B, H, T, D]", q);
     const std::vector<KeyRun> runs{key_run(arguments, qa, k, v, lower, upper, lo, hi)};
-    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, runs);
+    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, rounds_weights, runs);
     const int threads = threads_of(num_threads);
     nb::gil_scoped_release unlocked;
     absorb(call, threads);
 }
 
-void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object runs, nb::object scale, nb::object num_threads) {
+void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::object q, nb::object runs, nb::object scale, nb::object num_threads,
+                    nb::object rounds_weights) {
     Arguments arguments;
     const Array qa = attention_input("q", "[B, H, T, D]", q);
     nb::list items;
@@ -285,7 +295,7 @@ void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::
                          std::to_string(found[i].sizes.kv_heads));
         }
     }
-    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, found);
+    const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, rounds_weights, found);
     const int threads = threads_of(num_threads);
     nb::gil_scoped_release unlocked;
     absorb(call, threads);
@@ -293,7 +303,7 @@ void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::
 
 void py_absorb_gradient(nb::object dq, nb::object dk, nb::object dv, nb::object q, nb::object k, nb::object v, nb::object dout,
                         nb::object lse, nb::object delta, nb::object scale, nb::object lower, nb::object upper, nb::object lo,
-                        nb::object hi, nb::object num_threads) {
+                        nb::object hi, nb::object num_threads, nb::object rounds_weights) {
     Arguments arguments;
     const Array qa = attention_input("q", "[B, H, T, D]", q);
     const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, D]", v);
@@ -319,6 +329,7 @@ void py_absorb_gradient(nb::object dq, nb::object dk, nb::object dv, nb::object 
     call.lse = arguments.row_values("lse", lse, s, false);
     call.delta = arguments.row_values("delta", delta, s, false);
     call.scale = scale_of(scale);
+    call.rounds_weights = rounding_of(rounds_weights, qa);
     call.mask = mask_of(arguments, s, lower, upper, lo, hi);
     const int threads = threads_of(num_threads);
     nb::gil_scoped_release unlocked;
@@ -331,6 +342,7 @@ nb::dict info() {
     nb::dict result;
     result["isas"] = isas;
     result["isa"] = kernels().name;
+    result["rounds_weights"] = kernels().rounded != nullptr;
     result["default_threads"] = default_threads();
     result["helper_threads"] = num_helpers();
     return result;
@@ -345,12 +357,12 @@ NB_MODULE(_native, m) {
     m.doc() = "Attention on one tile, on a CPU. The shapes and the state's law are in ringspan.kernels.contract.";
     m.def("absorb", &py_absorb, "acc"_a.none(), "row_max"_a.none(), "row_sum"_a.none(), "q"_a.none(), "k"_a.none(), "v"_a.none(),
           nb::kw_only(), "scale"_a.none(), "lower"_a = nb::none(), "upper"_a = nb::none(), "lo"_a = nb::none(), "hi"_a = nb::none(),
-          "num_threads"_a.none() = 0, "Absorb the keys and values into the softmax state (acc, row_max, row_sum), in place.");
+          "num_threads"_a.none() = 0, "rounds_weights"_a.none() = false, "Absorb the keys and values into the softmax state (acc, row_max, row_sum), in place.");
     m.def("absorb_runs", &py_absorb_runs, "acc"_a.none(), "row_max"_a.none(), "row_sum"_a.none(), "q"_a.none(), "runs"_a.none(), nb::kw_only(),
-          "scale"_a.none(), "num_threads"_a.none() = 0, "Absorb several runs of keys and values, [(k, v, lower, upper, lo, hi), ..], in their order.");
+          "scale"_a.none(), "num_threads"_a.none() = 0, "rounds_weights"_a.none() = false, "Absorb several runs of keys and values, [(k, v, lower, upper, lo, hi), ..], in their order.");
     m.def("absorb_gradient", &py_absorb_gradient, "dq"_a.none(), "dk"_a.none(), "dv"_a.none(), "q"_a.none(), "k"_a.none(),
           "v"_a.none(), "do"_a.none(), "lse"_a.none(), "delta"_a.none(), nb::kw_only(), "scale"_a.none(), "lower"_a = nb::none(),
           "upper"_a = nb::none(), "lo"_a = nb::none(), "hi"_a = nb::none(), "num_threads"_a.none() = 0,
-          "Add the tile's gradients to dq, dk, dv. dq may be None, or dk and dv may be.");
-    m.def("info", &info, "The instruction sets available, the one chosen, and the threads.");
+          "rounds_weights"_a.none() = false, "Add the tile's gradients to dq, dk, dv. dq may be None, or dk and dv may be.");
+    m.def("info", &info, "The instruction sets available, the one chosen, whether it can round weights, and the threads.");
 }

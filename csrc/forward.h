@@ -33,7 +33,7 @@ struct Tile {
     float start[kRows];      // what is added to a score: -reference, or 0
     float* queries;          // a left operand
     float* acc;              // [dimension panel][kRows][kPanel]
-    float* sums;             // [kRows][kLanes], to be added up
+    float* sums;             // [kRows][kSums][kLanes], to be added up
 };
 
 // Facts are kept by panel: what a tile makes of a block must not depend on the other tiles of its work item.
@@ -52,6 +52,31 @@ struct AbsorbScratch {
     float* weights;  // [key panel][kRows][kPanel]: q . k, then 2^(score - reference)
 };
 
+// A row's sum of weights is followed by that of the rounded ones, where products see those. acc is made of them and is divided
+// by their sum, so that they add up to 1, while row_sum and with it lse stay exact.
+constexpr int kSums = kRoundsWeights ? 2 : 1;
+
+RINGSPAN_INLINE float* sums_of(const Tile& tile, int r, int which = 0) { return tile.sums + (r * kSums + which) * kLanes; }
+
+static void set_sums(Tile& tile, int r, float sum) {
+    for (int i = 0; i < kSums; ++i) {
+        store(sums_of(tile, r, i), all(0));
+        *sums_of(tile, r, i) = sum;
+    }
+}
+
+RINGSPAN_INLINE void add_sums(Tile& tile, int r, const Sums& sums) {
+    store(sums_of(tile, r), load(sums_of(tile, r)) + sums.exact);
+    if (kRoundsWeights) store(sums_of(tile, r, 1), load(sums_of(tile, r, 1)) + sums.seen);
+}
+
+// Of acc: divided by the sum of the exact weights it is then what it would be, divided by that of the rounded ones.
+static float rounding_factor(const Tile& tile, int r) {
+    if (!kRoundsWeights) return 1;
+    const float factor = sum_of(load(sums_of(tile, r))) / sum_of(load(sums_of(tile, r, 1)));
+    return factor < 2 ? factor : 1;  // a sum of 0, inf or NaN speaks for itself
+}
+
 static Arena lay_out(AbsorbScratch& scratch, float* memory, int64_t dim) {
     Arena arena{memory};
     const int64_t padded_dim = round_up(dim, kPanel);
@@ -61,7 +86,7 @@ static Arena lay_out(AbsorbScratch& scratch, float* memory, int64_t dim) {
     for (Tile& tile : scratch.tiles) {
         tile.queries = arena.take(operand_floats(dim, kPairsOnly) * kRows + kLanes);
         tile.acc = arena.take(padded_dim * kRows);
-        tile.sums = arena.take(kRows * kLanes);
+        tile.sums = arena.take(kRows * kSums * kLanes);
     }
     return arena;
 }
@@ -90,8 +115,7 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
     tile.reference[r] = is_new ? row_max : __builtin_rintf(product);
     tile.start[r] = is_new ? 0 : -tile.reference[r];
     const float factor = is_new ? 0 : exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
-    store(tile.sums + r * kLanes, all(0));
-    tile.sums[r * kLanes] = is_new ? 0 : call.row_sum.at(b, tile.head, t) * factor;
+    set_sums(tile, r, is_new ? 0 : call.row_sum.at(b, tile.head, t) * factor);
     const float* acc = call.acc.row(b, tile.head, t);
     for (int64_t d = 0; d < dim; d += kPanel) {
         float* to = tile.acc + d * kRows + r * kPanel;
@@ -106,7 +130,7 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
 
 static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r) {
     const int64_t dim = call.sizes().dim, t = tile.first_row + r;
-    const float sum = sum_of(load(tile.sums + r * kLanes));
+    const float sum = sum_of(load(sums_of(tile, r)));
     // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
     const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
     // acc 2^reference = acc e^(reference ln(2)) = (acc e^rest) e^row_max
@@ -115,15 +139,14 @@ static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r
     call.row_max.at(b, tile.head, t) = row_max;
     call.row_sum.at(b, tile.head, t) = sum * factor;
     float* acc = call.acc.row(b, tile.head, t);
-    for (int64_t d = 0; d < dim; d += kPanel) scale_run(tile.acc + d * kRows + r * kPanel, factor, dim - d, acc + d);
+    const float acc_factor = factor * rounding_factor(tile, r);
+    for (int64_t d = 0; d < dim; d += kPanel) scale_run(tile.acc + d * kRows + r * kPanel, acc_factor, dim - d, acc + d);
 }
 
 // Rounds a row's state as storing and loading it would. So runs give the same bits in one call and in several.
 static void settle_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
-    if (tile.reference[r] == 0) {  // all is stored as it is, but for the sum
-        const float sum = sum_of(load(tile.sums + r * kLanes));
-        store(tile.sums + r * kLanes, all(0));
-        tile.sums[r * kLanes] = sum;
+    if (tile.reference[r] == 0 && !kRoundsWeights) {  // all is stored as it is, but for the sum
+        set_sums(tile, r, sum_of(load(sums_of(tile, r))));
     } else {
         store_row(call, b, tile, r);
         load_row(call, b, tile, r);
@@ -147,7 +170,7 @@ static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& til
     tile.largest_query = pack_left(q, tile.first_row, tile.rows, dim, call.bfloat16_pairs, tile.queries) * scale * scale;
     // Rows that see nothing are computed with the others and never stored.
     memset(tile.acc, 0, round_up(dim, kPanel) * kRows * sizeof(float));
-    memset(tile.sums, 0, kRows * kLanes * sizeof(float));
+    memset(tile.sums, 0, kRows * kSums * kLanes * sizeof(float));
     for (int r = 0; r < kRows; ++r) tile.reference[r] = -__builtin_inff(), tile.start[r] = 0;
     tile.started = true;
 }
@@ -210,7 +233,7 @@ static void scale_row(Tile& tile, int r, int64_t dim, float factor) {
         float* acc = tile.acc + d / kPanel * kRows * kPanel + r * kPanel + d % kPanel;
         store(acc, load(acc) * all(factor));
     }
-    store(tile.sums + r * kLanes, load(tile.sums + r * kLanes) * all(factor));
+    for (int i = 0; i < kSums; ++i) store(sums_of(tile, r, i), load(sums_of(tile, r, i)) * all(factor));
 }
 
 static void move_reference(Tile& tile, int r, int64_t dim, float reference) {
@@ -252,11 +275,11 @@ static void raise_references(Tile& tile, int64_t dim, int first, int last, float
 }
 
 // weight = 2^(score - reference), in place; the tile's sums += those of the panels before, and the weights. Panels that are not
-// finished hold products still. kPlain: weights are left as float32, for add_visible_values.
+// finished hold products still. kPlain: they are float32, for add_visible_values.
 template <bool kPlain>
-static void compute_weights(Tile& tile, float scale, int first, int last, const bool* finished, const Floats* sums_before, float* weights) {
+static void compute_weights(Tile& tile, float scale, int first, int last, const bool* finished, const Sums* sums_before, float* weights) {
     for (int r = 0; r < tile.rows; ++r) {
-        Floats sum = sums_before[r];
+        Sums sums = sums_before[r];
         for (int p = first; p < last; ++p) {
             float* scores = weights + (p * kRows + r) * kPanel;
             Floats row[kVectors];
@@ -265,17 +288,17 @@ static void compute_weights(Tile& tile, float scale, int first, int last, const 
                 row[v] = load(scores + v * kLanes);
                 if (!finished[p]) row[v] = multiply_add(row[v], all(scale), all(tile.start[r]));
                 row[v] = exp2(row[v]);
-                sum += row[v];
-                if (kPlain) store(scores + v * kLanes, row[v]);
+                sums.exact += row[v];
+                if (kPlain) store(scores + v * kLanes, as_seen(row[v])), sums.seen += as_seen(row[v]);
             }
-            if (!kPlain) store_weights(scores, row);
+            if (!kPlain) sums.seen = store_weights(scores, row, sums.seen);
         }
-        store(tile.sums + r * kLanes, load(tile.sums + r * kLanes) + sum);
+        add_sums(tile, r, sums);
     }
 }
 
 // The first panels, as far as all rows see all of them, in one go where the products offer that. Returns the first one left.
-static int weigh_seen_panels(const Tile& tile, const KeyBlock& block, int64_t dim, float scale, int first, int last, float* weights, Floats* sums,
+static int weigh_seen_panels(const Tile& tile, const KeyBlock& block, int64_t dim, float scale, int first, int last, float* weights, Sums* sums,
                              Fetch& fetch) {
     int end = first;
     while (end < last && tile.span.sees_all(block.begin + end * kPanel, block.begin + (end + 1) * kPanel)) ++end;
@@ -327,7 +350,7 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
     const bool plain = !finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end);
     int next = first;
-    Floats sums[kRows] = {};
+    Sums sums[kRows] = {};
     if (safe && !plain && tile.rows == kRows) next = weigh_seen_panels(tile, block, dim, scale, first, last, weights, sums, fetch);
     const int last_tokens = end - block.begin - (last - 1) * kPanel;
     multiply_block(call, tile, block, next, last, last_tokens, weights, fetch);

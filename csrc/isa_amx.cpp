@@ -5,6 +5,8 @@
 #define RINGSPAN_QUERIES_PER_ITEM 1024
 #define RINGSPAN_PAIRS true
 #define RINGSPAN_TILES "tiles_amx.h"
+#define RINGSPAN_PRODUCTS "products_amx.h"
 #define RINGSPAN_REST avx512
+#define RINGSPAN_ROUNDED amx_rounded
 #include "simd_avx512.h"
 #include "tile_kernel.h"

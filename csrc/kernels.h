@@ -30,6 +30,7 @@ struct Kernels {
     bool has_pairs;            // dot products of bfloat16 pairs
     bool pairs_only;           // serves calls of bfloat16 alone, in any layout
     const Kernels* rest;       // where pairs_only: what serves the other calls
+    const Kernels* rounded;    // what serves calls of bfloat16 whose weights may be rounded to it, or null
     int rows_per_tile;         // queries, or keys in the gradient
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item
@@ -43,7 +44,13 @@ struct Kernels {
 namespace amx {
 extern const Kernels kernels;
 }
+namespace amx_rounded {  // of amx
+extern const Kernels kernels;
+}
 namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace avx512_rounded {  // of avx512_bf16
 extern const Kernels kernels;
 }
 namespace avx512 {
@@ -58,7 +65,13 @@ extern const Kernels kernels;
 namespace avx512_shape {  // of tests only
 extern const Kernels kernels;
 }
+namespace avx512_rounded_shape {
+extern const Kernels kernels;
+}
 namespace amx_shape {
+extern const Kernels kernels;
+}
+namespace amx_rounded_shape {
 extern const Kernels kernels;
 }
 

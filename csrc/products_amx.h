@@ -2,7 +2,7 @@
 //
 // A tile's product with a panel is four products of 16 x 16. Inputs are as exact here as in float32, and so are their products. A
 // weight is split into two bfloat16 of 8 bits, high + low, and multiplied twice: what is lost is at most 2^-17 of it, where
-// one bfloat16 would lose 2^-8.
+// one bfloat16 would lose 2^-8. Where weights may be rounded (RINGSPAN_ROUNDS_WEIGHTS), high is all there is.
 //
 // Left operand: rows as they are, [kRows][pair of dimensions]. Right operand: [pair of dimensions][kPanel]. Dimensions are filled
 // up with zeros to whole tiles.
@@ -10,11 +10,18 @@
 // Weighted operand: [dimension panel][pair of such tokens][kPanel].
 #pragma once
 
+#include "pairs.h"
+
 namespace ringspan::RINGSPAN_ISA {
 
 constexpr int kSide = 16;  // of a tile: rows, and pairs or columns
 static_assert(kLanes == kSide && kPanel == 2 * kSide && kRows == 2 * kSide && kRowStep == kSide);
 
+#ifdef RINGSPAN_ROUNDS_WEIGHTS
+constexpr bool kRoundsWeights = true;
+#else
+constexpr bool kRoundsWeights = false;
+#endif
 constexpr bool kPairsOnly = true;
 constexpr bool kDsHasTwoOrders = true;
 constexpr int kKeyBlock = 256, kQueryBlock = 256, kKeysPerItem = 512;
@@ -24,11 +31,6 @@ using ProductUnit = TilesInUse;
 
 static inline int64_t operand_floats(int64_t dim, bool) { return round_up(dim, 2 * kSide) / 2; }
 
-typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
-
-// The upper halves of x and y as pairs.
-RINGSPAN_INLINE Floats upper_halves(Bits x, Bits y) { return (Floats)(x >> 16 | (y & 0xffff0000)); }
-
 // x = high + low, but for 2^-17 of x; the upper half of each is a bfloat16.
 struct Split {
     Bits high, low;
@@ -36,39 +38,6 @@ struct Split {
 RINGSPAN_INLINE Split split(Floats x) {
     const Bits high = ((Bits)x + 0x8000) & 0xffff0000;
     return {high, (Bits)(x - (Floats)high) + 0x8000};
-}
-
-RINGSPAN_INLINE float bfloat16_at(const float* pair, int64_t which) {
-    uint32_t bits;
-    memcpy(&bits, pair, sizeof bits);
-    bits = which ? bits & 0xffff0000 : bits << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// Tokens of any strides and any number of dimensions, one by one: the pair of dimensions d of token t goes to
-// to[t * token_pitch + d * pair_pitch], in zeros.
-static float pack_one_by_one(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int64_t token_pitch, int64_t pair_pitch, float* to) {
-    const uint16_t* from = static_cast<const uint16_t*>(x.data) + x.offset + first * x.token_stride;
-    float largest = 0;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-        float norm = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-            const uint16_t bits = from[t * x.token_stride + d * x.dim_stride];
-            float* pair = to + t * token_pitch + d / 2 * pair_pitch;
-            memcpy(reinterpret_cast<uint16_t*>(pair) + d % 2, &bits, sizeof bits);
-            const float value = bfloat16_at(pair, d % 2);
-            norm += value * value;
-        }
-        if (!(norm < __builtin_inff())) largest = __builtin_inff();
-        largest = norm > largest ? norm : largest;
-    }
-    return largest;
-}
-
-static bool lie_in_pairs(const Tokens& x, int64_t dim) {
-    return x.dim_stride == 1 && dim % 2 == 0 && x.offset % 2 == 0 && x.token_stride % 2 == 0 && reinterpret_cast<uintptr_t>(x.data) % 4 == 0;
 }
 
 static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
@@ -110,26 +79,7 @@ static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int6
 }
 
 static bool pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
-    const Bfloat16* from = static_cast<const Bfloat16*>(x.data) + x.offset + first * x.token_stride;
-    Floats zeros[2] = {};
-    for (int64_t t = 0; t < num_tokens && t < room; t += kPanel) {
-        for (int64_t d = 0; d < round_up(dim, kPanel); d += kSide) {
-            Floats square[2][kLanes];
-            for (int i = 0; i < 2; ++i) {
-                const int64_t token = t + i * kSide;
-                read_square(square[i], from + token * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - token, dim - d,
-                            Order::by_token);
-            }
-            float* panel = to + (d / kPanel * pitch + t) * kTokenFloats + d % kPanel;
-#pragma GCC unroll 16
-            for (int i = 0; i < kSide; ++i) {
-                zeros[0] = multiply_add(square[0][i], all(0), zeros[0]);
-                zeros[1] = multiply_add(square[1][i], all(0), zeros[1]);
-                store(panel + i * kPanel, upper_halves((Bits)square[0][i], (Bits)square[1][i]));
-            }
-        }
-    }
-    return sum_of(zeros[0] + zeros[1]) == 0;
+    return pack_token_pairs<kSide>(x, first, num_tokens, dim, pitch, room, to);
 }
 
 RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t token, int64_t d) {
@@ -176,30 +126,37 @@ RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64
     store_result<kR>(out);
 }
 
-RINGSPAN_INLINE void store_weights(float* to, const Floats (&row)[kVectors]) {
+RINGSPAN_INLINE Floats store_weights(float* to, const Floats (&row)[kVectors], Floats sum) {
     const Split x = split(row[0]), y = split(row[1]);
     store(to, upper_halves(x.high, y.high));
-    store(to + kSide, upper_halves(x.low, y.low));
+    if (!kRoundsWeights) store(to + kSide, upper_halves(x.low, y.low));
+    return kRoundsWeights ? sum + ((Floats)x.high + (Floats)y.high) : sum;
+}
+
+// Both parts have all of it that counts. A NaN keeps its bits, which rounding could carry away.
+RINGSPAN_INLINE Floats as_seen(Floats weight) {
+    const Bits is_number = (Bits)(weight == weight);
+    return kRoundsWeights ? (Floats)((is_number & split(weight).high) | (~is_number & (Bits)weight)) : weight;
 }
 
 // Weighs rows first .. last of a panel of q . k that all of them see: 2^(scale q . k + start) in its place.
-RINGSPAN_INLINE void weigh_rows(float* panel, int first, int last, float scale, const float* start, Floats* sums) {
+RINGSPAN_INLINE void weigh_rows(float* panel, int first, int last, float scale, const float* start, Sums* sums) {
     for (int r = first; r < last; ++r) {
         float* at = panel + r * kPanel;
         Floats row[kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) {
             row[v] = exp2(multiply_add(load(at + v * kLanes), all(scale), all(start[r])));
-            sums[r] += row[v];
+            sums[r].exact += row[v];
         }
-        store_weights(at, row);
+        sums[r].seen = store_weights(at, row, sums[r].seen);
     }
 }
 
 // multiply_panel for the panels first .. last, and their weights, for whole tiles. The tiles compute a panel while the vector
 // units weigh the one before, a few rows to each pair of products: 1.2 times as fast as one after the other.
 RINGSPAN_INLINE bool weigh_while_multiplying(const float* queries, const float* keys, int64_t dim, int first, int last, float scale, const float* start,
-                                             float* weights, Floats* sums, Fetch& fetch) {
+                                             float* weights, Sums* sums, Fetch& fetch) {
     const int width = static_cast<int>(operand_floats(dim, true)), rows_at_once = (kRows * kSide / 2 + width - 1) / width;
     for (int p = first; p < last; ++p) {
         fetch_some(fetch);
@@ -229,15 +186,15 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float* ds_weights, con
     Split half[2][kVectors];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-        store_weights(p + i * kPanel, weight[i]);
+        store_weights(p + i * kPanel, weight[i], all(0));
         half[i][0] = split(gradient[i][0]), half[i][1] = split(gradient[i][1]);
         store(ds_weights + i * kPanel, upper_halves(half[i][0].high, half[i][1].high));
-        store(ds_weights + i * kPanel + kSide, upper_halves(half[i][0].low, half[i][1].low));
+        if (!kRoundsWeights) store(ds_weights + i * kPanel + kSide, upper_halves(half[i][0].low, half[i][1].low));
     }
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
         store(ds + v * kLanes, upper_halves(half[0][v].high, half[1][v].high));
-        store(ds + kPanel + v * kLanes, upper_halves(half[0][v].low, half[1][v].low));
+        if (!kRoundsWeights) store(ds + kPanel + v * kLanes, upper_halves(half[0][v].low, half[1][v].low));
     }
 }
 
@@ -259,7 +216,7 @@ static void add_weighted(float* out, const float* weights, int64_t weight_pitch,
         for (int p = first; p < last; ++p) {
             load_right(values + d * value_pitch + p * kPanel * kTokenFloats, kPanel);
             add_left<kR>(weights + p * weight_pitch, kPanel);
-            add_left<kR>(weights + p * weight_pitch + kSide, kPanel);
+            if (!kRoundsWeights) add_left<kR>(weights + p * weight_pitch + kSide, kPanel);
             if (to) add_part(to, results[(d - 1) % 2], kSize, p - first, last - first);
         }
         store_result<kR>(results[d % 2]);
@@ -296,6 +253,7 @@ static void sum_over_keys(const float* ds, const float* keys, int64_t num_keys, 
     for (int64_t t = 0; t < num_keys; t += kPanel, ds += kPanel * kPanel, keys += kPanel * kTokenFloats) {
         load_right(ds, 2 * kPanel);
         add_left<kPanel>(keys, kSide);
+        if (kRoundsWeights) continue;
         load_right(ds + kPanel, 2 * kPanel);
         add_left<kPanel>(keys, kSide);
     }

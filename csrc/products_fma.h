@@ -9,8 +9,11 @@
 namespace ringspan::RINGSPAN_ISA {
 
 constexpr bool kPairsOnly = false;
+constexpr bool kRoundsWeights = false;
 constexpr bool kDsHasTwoOrders = false;
-constexpr int kKeyBlock = 128, kQueryBlock = 64, kKeysPerItem = 224;
+constexpr int kKeyBlock = 128, kQueryBlock = 64;
+// With their gradients they take 2 KiB each at d 128: L2 has 512 KiB on Zen 3, and 1 MiB or more where there is AVX-512.
+constexpr int kKeysPerItem = kLanes < 16 ? 224 : 448;
 constexpr int kTokenFloats = kPanel;  // of a token in one panel of a weighted operand
 
 struct ProductUnit {};  // nothing to set up
@@ -36,50 +39,6 @@ RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t t
     return operand[(d / kPanel * pitch + token) * kPanel + d % kPanel];
 }
 
-// acc[r][:] += sum over steps n of a[n * kStepPitch + r * kRowPitch] * b[n][0 .. kPanel). With kPairs each of these numbers is
-// two bfloat16 and their product is a dot product.
-template <int kR, int kRowPitch, int kStepPitch, bool kPairs = false, int kWidth = kVectors>
-RINGSPAN_INLINE void multiply(Floats (&acc)[kR][kWidth], const float* a, const float* b, int64_t num_steps) {
-#pragma GCC unroll 2
-    for (int64_t n = 0; n < num_steps; ++n, a += kStepPitch, b += kPanel) {
-        Floats column[kWidth];
-#pragma GCC unroll 4
-        for (int v = 0; v < kWidth; ++v) column[v] = load(b + v * kLanes);
-#pragma GCC unroll 32
-        for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-            for (int v = 0; v < kWidth; ++v) {
-                if constexpr (kPairs) {
-                    acc[r][v] = dot_pairs_broadcast(a + r * kRowPitch, column[v], acc[r][v]);
-                } else {
-                    acc[r][v] = multiply_add_broadcast(a + r * kRowPitch, column[v], acc[r][v]);
-                }
-            }
-        }
-    }
-}
-
-template <int kR, int kWidth>
-RINGSPAN_INLINE void store_block(float* to, const Floats (&acc)[kR][kWidth]) {
-#pragma GCC unroll 32
-    for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kWidth; ++v) store(to + r * kPanel + v * kLanes, acc[r][v]);
-    }
-}
-
-template <int kR>
-RINGSPAN_INLINE void add_block(float* to, const Floats (&acc)[kR][kVectors]) {
-#pragma GCC unroll 32
-    for (int r = 0; r < kR; ++r) {
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-            float* at = to + r * kPanel + v * kLanes;
-            store(at, load(at) + acc[r][v]);
-        }
-    }
-}
-
 template <int kR, int kWidth>
 RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, bool pairs, float* out) {
     Floats acc[kR][kWidth] = {};
@@ -101,14 +60,18 @@ RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64
     }
 }
 
-// Weights as add_weighted reads them.
-RINGSPAN_INLINE void store_weights(float* to, const Floats (&row)[kVectors]) {
+// Weights as add_weighted reads them. Where these are rounded, returns sum + what they are rounded to.
+RINGSPAN_INLINE Floats store_weights(float* to, const Floats (&row)[kVectors], Floats sum) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, row[v]);
+    return sum;
 }
 
+// What products see of a weight.
+RINGSPAN_INLINE Floats as_seen(Floats weight) { return weight; }
+
 // products_amx.h does; here there is one kind of unit for both.
-RINGSPAN_INLINE bool weigh_while_multiplying(const float*, const float*, int64_t, int, int, float, const float*, float*, Floats*, Fetch&) { return false; }
+RINGSPAN_INLINE bool weigh_while_multiplying(const float*, const float*, int64_t, int, int, float, const float*, float*, Sums*, Fetch&) { return false; }
 
 // Two rows of p and ds: for dv, dq and dk.
 RINGSPAN_INLINE void store_gradients(float* p, float* ds, float*, const Floats (&weight)[2][kVectors], const Floats (&gradient)[2][kVectors]) {

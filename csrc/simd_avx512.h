@@ -28,6 +28,19 @@ constexpr bool kHasPairs = RINGSPAN_PAIRS;
 static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
     return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)all(*a));
 }
+
+// 32 bfloat16, those of x and then those of y: rounded to nearest, ties to even; denormals become 0.
+static inline Floats round_to_bfloat16(Floats x, Floats y) { return (Floats)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x); }
+
+// The first or last 16 of 32 bfloat16 of x, each with its neighbour of y.
+static inline Floats interleave_first(Floats x, Floats y) {
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return (Floats)_mm512_permutex2var_epi16((__m512i)x, order, (__m512i)y);
+}
+static inline Floats interleave_last(Floats x, Floats y) {
+    const __m512i order = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54, 22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    return (Floats)_mm512_permutex2var_epi16((__m512i)x, order, (__m512i)y);
+}
 #endif
 
 static inline Floats widen_bfloat16(const uint16_t* p) {

@@ -35,6 +35,33 @@ static inline Floats dot_pairs_broadcast(const float* a, Floats b, Floats c) {
     return (Floats)(x << 16) * (Floats)(y << 16) + (Floats)(x & high) * (Floats)(y & high) + c;
 }
 
+// 2 kLanes bfloat16, those of x and then those of y: rounded to nearest, ties to even.
+static inline Floats round_to_bfloat16(Floats x, Floats y) {
+    uint16_t rounded[2 * kLanes];
+    for (int i = 0; i < 2 * kLanes; ++i) {
+        const float value = i < kLanes ? x[i] : y[i - kLanes];
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        rounded[i] = static_cast<uint16_t>(value == value ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0);
+    }
+    Floats pairs;
+    memcpy(&pairs, rounded, sizeof pairs);
+    return pairs;
+}
+
+// The first or last kLanes of 2 kLanes bfloat16 of x, each with its neighbour of y.
+static inline Floats interleave(Floats x, Floats y, int first) {
+    uint16_t from[2][2 * kLanes], to[2 * kLanes];
+    memcpy(from[0], &x, sizeof x);
+    memcpy(from[1], &y, sizeof y);
+    for (int i = 0; i < 2 * kLanes; ++i) to[i] = from[i % 2][first + i / 2];
+    Floats pairs;
+    memcpy(&pairs, to, sizeof pairs);
+    return pairs;
+}
+static inline Floats interleave_first(Floats x, Floats y) { return interleave(x, y, 0); }
+static inline Floats interleave_last(Floats x, Floats y) { return interleave(x, y, kLanes); }
+
 static inline float float_of(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);

@@ -12,9 +12,12 @@
 #include "arithmetic.h"
 #include "pack.h"
 #include "fetch.h"
+#include "register_block.h"
 #ifdef RINGSPAN_TILES
 #include RINGSPAN_TILES
-#include "products_amx.h"
+#endif
+#ifdef RINGSPAN_PRODUCTS
+#include RINGSPAN_PRODUCTS
 #else
 #include "products_fma.h"
 #endif
@@ -32,6 +35,11 @@ const Kernels kernels = {
     kPairsOnly,
 #ifdef RINGSPAN_REST
     &RINGSPAN_REST::kernels,
+#else
+    nullptr,
+#endif
+#ifdef RINGSPAN_ROUNDED
+    &RINGSPAN_ROUNDED::kernels,
 #else
     nullptr,
 #endif

@@ -8,6 +8,8 @@
 #define RINGSPAN_QUERIES_PER_ITEM 1024
 #define RINGSPAN_PAIRS true
 #define RINGSPAN_TILES "tiles_portable.h"
+#define RINGSPAN_PRODUCTS "products_amx.h"
 #define RINGSPAN_REST baseline
+#define RINGSPAN_ROUNDED amx_rounded_shape
 #include "simd_portable.h"
 #include "tile_kernel.h"

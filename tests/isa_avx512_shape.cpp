@@ -7,5 +7,6 @@
 #define RINGSPAN_ROW_STEP 2
 #define RINGSPAN_QUERIES_PER_ITEM 1008
 #define RINGSPAN_PAIRS true
+#define RINGSPAN_ROUNDED avx512_rounded_shape
 #include "simd_portable.h"
 #include "tile_kernel.h"

@@ -27,6 +27,7 @@ struct Case {
     int64_t lower, upper;
     bool dims_first;  // [.., d, s] storage
     DType dtype;
+    bool rounds_weights = false;
 };
 
 struct Problem {
@@ -85,7 +86,7 @@ void forward(Problem& p, int num_threads, int64_t num_runs = 1) {
     std::vector<KeyRun> runs;
     for (int64_t i = 0; i < num_runs; ++i) runs.push_back(run_of(p, s.keys * i / num_runs, s.keys * (i + 1) / num_runs));
     absorb({{p.acc.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.row_max.data(), {ht, t, 1}}, {p.row_sum.data(), {ht, t, 1}},
-            view(p.c, p.q, p.q16, s.heads, t), 0.25f, runs.data(), num_runs},
+            view(p.c, p.q, p.q16, s.heads, t), 0.25f, runs.data(), num_runs, p.c.rounds_weights},
            num_threads);
 }
 
@@ -101,23 +102,24 @@ void backward(Problem& p, int num_threads) {
     absorb_gradient({s, {p.dq.data(), {ht * s.dim, t * s.dim, s.dim, 1}}, {p.dk.data(), {kn * s.dim, n * s.dim, s.dim, 1}},
                      {p.dv.data(), {kn * s.dim, n * s.dim, s.dim, 1}}, view(p.c, p.q, p.q16, s.heads, t), view(p.c, p.k, p.k16, s.kv_heads, n),
                      view(p.c, p.v, p.v16, s.kv_heads, n), view(p.c, p.dout, p.dout16, s.heads, t), {p.lse.data(), {ht, t, 1}},
-                     {p.delta.data(), {ht, t, 1}}, 0.25f, mask_of(p.c)},
+                     {p.delta.data(), {ht, t, 1}}, 0.25f, mask_of(p.c), p.c.rounds_weights},
                     num_threads);
 }
 
 void expect(bool holds, const Case& c, const char* what) {
     if (holds) return;
     ++failures;
-    printf("%s: T %ld S %ld D %ld heads %ld/%ld\n", what, (long)c.sizes.queries, (long)c.sizes.keys, (long)c.sizes.dim, (long)c.sizes.heads, (long)c.sizes.kv_heads);
+    printf("%s%s: T %ld S %ld D %ld heads %ld/%ld\n", what, c.rounds_weights ? ", weights rounded" : "", (long)c.sizes.queries, (long)c.sizes.keys, (long)c.sizes.dim, (long)c.sizes.heads, (long)c.sizes.kv_heads);
 }
 
-bool near(const std::vector<float>& got, const std::vector<double>& expected) {
+// Weights of 8 bits: gradients are sums that partly cancel.
+bool near(const Case& c, const std::vector<float>& got, const std::vector<double>& expected) {
     double error = 0, size = 1e-30;
     for (size_t i = 0; i < got.size(); ++i) error += (got[i] - expected[i]) * (got[i] - expected[i]), size += expected[i] * expected[i];
-    return sqrt(error / size) < 1e-5;
+    return sqrt(error / size) < (c.rounds_weights ? 1e-2 : 1e-5);
 }
 
-void check(const Problem& p) {
+void compare(const Problem& p) {
     const Case& c = p.c;
     const Sizes& s = c.sizes;
     std::vector<double> out(p.acc.size()), dq(p.dq.size()), dk(p.dk.size()), dv(p.dv.size());
@@ -146,10 +148,10 @@ void check(const Problem& p) {
             got[row * s.dim + d] /= p.row_sum[row] > 0 ? p.row_sum[row] : 1;
         }
     }
-    expect(near(got, out), c, "forward");
-    expect(near(p.dq, dq), c, "dq");
-    expect(near(p.dk, dk), c, "dk");
-    expect(near(p.dv, dv), c, "dv");
+    expect(near(c, got, out), c, "forward");
+    expect(near(c, p.dq, dq), c, "dq");
+    expect(near(c, p.dk, dk), c, "dk");
+    expect(near(c, p.dv, dv), c, "dv");
 }
 
 Problem problem_of(const Case& c, unsigned seed) {
@@ -165,6 +167,16 @@ Problem problem_of(const Case& c, unsigned seed) {
     return p;
 }
 
+void check(Problem& p, int64_t num_runs) {
+    forward(p, 1, num_runs);
+    backward(p, 1);
+    compare(p);
+    const Problem alone = p;
+    forward(p, 4, num_runs);
+    backward(p, 4);
+    expect(p.acc == alone.acc && p.dq == alone.dq && p.dk == alone.dk && p.dv == alone.dv, p.c, "threads change bits");
+}
+
 void check_all_shapes() {
     const int64_t far = int64_t{1} << 40;
     const int64_t shapes[][3] = {{1, 1, 1}, {29, 17, 3}, {28, 128, 16}, {65, 129, 33}, {230, 260, 8}, {57, 300, 64}, {100, 31, 130}, {5, 7, 256}, {300, 530, 34}};
@@ -177,13 +189,10 @@ void check_all_shapes() {
                 Problem p = problem_of({{1 + seed % 2, kv * group, kv, shape[0], shape[1], shape[2]}, band[0], band[1], seed % 3 == 0, dtype}, seed);
                 const int64_t num_runs = 1 + seed % 4;
                 ++seed;
-                forward(p, 1, num_runs);
-                backward(p, 1);
-                check(p);
-                const Problem alone = p;
-                forward(p, 4, num_runs);
-                backward(p, 4);
-                expect(p.acc == alone.acc && p.dq == alone.dq && p.dk == alone.dk && p.dv == alone.dv, p.c, "threads change bits");
+                check(p, num_runs);
+                if (dtype != DType::bfloat16 || !kernels().rounded) continue;
+                p.c.rounds_weights = true;
+                check(p, num_runs);
             }
         }
     }

@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from kernel_behaviour import KernelBehaviour
 
 from ringspan import _native
-from ringspan.kernels.native import Native
+from ringspan.kernels.native import Native, NativeRounded
+from ringspan.kernels.table import choose
 
 # AMX multiplies weights as two bfloat16 each, of 8 bits: all but 2^-17 of them.
 WEIGHT_ERRORS = {torch.bfloat16: 2.0**-17} if _native.info()["isa"] == "amx" else {}
@@ -19,6 +21,17 @@ class TestNative(KernelBehaviour):
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     weight_errors = WEIGHT_ERRORS
     refuses = ((torch.float64, "cpu", 64), (torch.float32, "meta", 64), (torch.float32, "cpu", 257))
+
+
+@pytest.mark.skipif(
+    not _native.info()["rounds_weights"], reason="this processor multiplies bfloat16 no faster than float32"
+)
+class TestNativeRounded(KernelBehaviour):
+    kernel = NativeRounded()
+    dtypes = (torch.bfloat16,)
+    rounds_weights = True
+    steadiness = (2**-8, 2**-8)  # another last bit of a float32 weight, and it may round to its other neighbour
+    refuses = ((torch.bfloat16, "meta", 64), (torch.bfloat16, "cpu", 257))
 
 
 WITHOUT_MODULE = """
@@ -41,6 +54,28 @@ def test_without_the_compiled_module_auto_takes_torch_ops_and_the_reason_is_told
     name, reason = run_without_module().stdout.strip().splitlines()
     assert name == "torch_ops"
     assert "the compiled module is not there" in reason and "compiler" in reason
+
+
+ELSEWHERE = """
+import torch
+from ringspan.errors import UnsupportedError
+from ringspan.kernels.table import choose
+try:
+    choose("native_rounded", torch.bfloat16, torch.device("cpu"), 64)
+except UnsupportedError as error:
+    print(error)
+"""
+
+
+def test_where_a_processor_gains_nothing_by_rounded_weights_they_are_refused():
+    environment = os.environ | {"RINGSPAN_ISA": "baseline"}
+    command = [sys.executable, "-c", ELSEWHERE]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+    assert "native_rounded: this processor multiplies bfloat16 no faster than float32 (baseline)" in said
+
+
+def test_auto_does_not_round_weights():
+    assert choose("auto", torch.bfloat16, torch.device("cpu"), 64).name == "native"
 
 
 def test_where_it_is_required_a_missing_module_is_a_failure():

@@ -48,6 +48,8 @@ def finalize(acc, row_max, row_sum):
 
 
 class Tile:
+    rounds_weights = False
+
     def __init__(self, q, k, v, dout, scale, mask, visible):
         self.q, self.k, self.v, self.dout, self.scale, self.mask, self.visible = q, k, v, dout, scale, mask, visible
 
@@ -57,7 +59,8 @@ class Tile:
 
     def forward(self, num_threads=1):
         state = empty_state(*self.q.shape)
-        _native.absorb(*state, self.q, self.k, self.v, scale=self.scale, num_threads=num_threads, **self.mask)
+        options = {"num_threads": num_threads, "rounds_weights": self.rounds_weights}
+        _native.absorb(*state, self.q, self.k, self.v, scale=self.scale, **options, **self.mask)
         return state
 
     def backward(self, lse, delta, num_threads=1):
@@ -72,6 +75,7 @@ class Tile:
             delta,
             scale=self.scale,
             num_threads=num_threads,
+            rounds_weights=self.rounds_weights,
             **self.mask,
         )
         return grads
@@ -327,15 +331,58 @@ def test_results_have_the_same_bits_whatever_the_number_of_threads(tile):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+rounds = pytest.mark.skipif(not _native.info()["rounds_weights"], reason="no products of bfloat16 to round weights for")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounds_weights"),
+    [*((dtype, False) for dtype in DTYPES), pytest.param(torch.bfloat16, True, marks=rounds)],
+    ids=str,
+)
 @pytest.mark.parametrize("spread", [1.0, 40.0])
 @pytest.mark.parametrize("mask", [{}, {"upper": 1}, {"lower": -200, "upper": 1}, {"lower": 3, "upper": 150}], ids=str)
-def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread, dtype):
+def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread, dtype, rounds_weights):
     """More threads make smaller items. One long key sends its block another way, and one value is inf."""
     tile = full_tile(1, 2, 1, 700, 650, 40, dtype, spread=spread, **mask)
+    tile.rounds_weights = rounds_weights
     tile.k[0, 0, 500] *= 50
     tile.v[0, 0, 300, 7] = math.inf
     one, *others = ([x.contiguous().view(torch.int32) for x in tile.forward(n)] for n in (1, 2, 3, 16, 64))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@rounds
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+@pytest.mark.parametrize("keys", [1, 33, 300])
+def test_rounded_weights_add_up_to_1_and_the_sum_stays_exact(keys, spread):
+    tile = full_tile(1, 2, 1, 100, keys, 64, torch.bfloat16, spread=spread)
+    tile.v[:] = tile.v[:, :, :1]  # all alike: whatever the weights, out is this value
+    exact, tile.rounds_weights = tile.forward(), True
+    acc, row_max, row_sum = tile.forward()
+    out, lse = finalize(acc, row_max, row_sum)
+    assert relative_error(out, tile.v[:, :, :1].double().expand_as(out)) <= 1e-6
+    torch.testing.assert_close(lse, finalize(*exact)[1], rtol=1e-6, atol=1e-6)
+
+
+@rounds
+@pytest.mark.parametrize("keys", [300, 4096, 50000])
+def test_the_error_of_rounded_weights_does_not_grow_with_the_keys(keys):
+    tile = full_tile(1, 2, 1, 100, keys, 64, torch.bfloat16)
+    tile.rounds_weights = True
+    out, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
+    assert 1e-4 <= relative_error(finalize(*tile.forward())[0], out) <= 2.0**-9
+
+
+@rounds
+@settings(thorough, max_examples=15)
+@given(tiles())
+def test_with_rounded_weights_too_bits_do_not_depend_on_the_number_of_threads(tile):
+    for name in ("q", "k", "v", "dout"):
+        setattr(tile, name, getattr(tile, name).bfloat16())
+    tile.rounds_weights = True
+    _, lse = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
+    one, *others = ([*tile.forward(n), *tile.backward(lse.float(), torch.zeros(lse.shape), n)] for n in (1, 1, 2, 5))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -520,6 +567,8 @@ def good_arguments():
         ("lo", torch.zeros(6, dtype=torch.int32), ValueError, "lo and hi must be given together"),
         ("num_threads", -1, ValueError, "num_threads must be 0 .* got -1"),
         ("num_threads", 10**30, ValueError, "num_threads must be"),
+        ("rounds_weights", 1, TypeError, "rounds_weights must be a bool, got int"),
+        ("rounds_weights", True, TypeError, "rounds_weights rounds to bfloat16, which q must be, got float32"),
     ],
 )
 def test_a_wrong_argument_is_refused_by_name(name, value, error, words):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import records, report, targets
-from benchmarks.peers.adapters import BASELINE, NATIVE, OTHERS, PEERS, RING, PlainRing
+from benchmarks.peers.adapters import BASELINE, NATIVE, OTHERS, PEERS, RING, ROUNDED, PlainRing
 from benchmarks.peers.contract import Problem
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.measure import Bench, Contender
@@ -83,15 +83,16 @@ def grid_cells(args: argparse.Namespace) -> list[Cell]:
             "grid",
             Problem(tokens, *SIZES.get(tokens, (4, 128)), dtype, causal, backward),
             processes,
-            grid_contenders(args, processes),
+            grid_contenders(args, dtype, processes),
         )
         for processes, tokens, dtype, causal, backward in itertools.product(*axes)
     ]
 
 
-def grid_contenders(args: argparse.Namespace, processes: int) -> list[Contender]:
+def grid_contenders(args: argparse.Namespace, dtype: str, processes: int) -> list[Contender]:
+    ours = (RING, ROUNDED) if dtype == "bfloat16" else (RING,)
     others = [peer for peer in OTHERS if not args.only or peer.name in args.only]
-    return [(BASELINE, 1), (NATIVE, 1), (RING, processes), *((peer, processes) for peer in others)]
+    return [(BASELINE, 1), (NATIVE, 1), *((peer, processes) for peer in (*ours, *others))]
 
 
 def targets_cells(args: argparse.Namespace) -> list[Cell]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.peers.adapters import BASELINE, LOCAL, NATIVE, OTHERS, RING
+from benchmarks.peers.adapters import BASELINE, LOCAL, NATIVE, OTHERS, RING, ROUNDED
 from benchmarks.peers.contract import Problem
 from benchmarks.peers.measure import Contender, Outcome, ratios, spread
 from benchmarks.peers.records import Record
@@ -28,6 +28,7 @@ F32, BF16, FULL = _problem("float32", True), _problem("bfloat16", True), _proble
 TRAIN, SHORT = _problem("bfloat16", True, backward=True), _problem("float32", True, tokens=1024)
 LONG = _problem("float32", True, tokens=16384)
 TORCH, ALONE, TWO, FOUR = (BASELINE, 1), (NATIVE, 1), (RING, 2), (RING, 4)
+TWO_ROUNDED, FOUR_ROUNDED = (ROUNDED, 2), (ROUNDED, 4)
 
 ROWS = (
     Row("float32 causal, 2 processes against torch", 1.18, F32, TWO, TORCH),
@@ -42,6 +43,16 @@ ROWS = (
     Row("forward + backward, bfloat16 causal, 2 processes against torch", 1.6, TRAIN, TWO, TORCH),
     Row("float32 causal against the best peer, 2 processes", 1.2, F32, TWO, None),
     Row("bfloat16 causal against the best peer, 2 processes", 1.7, BF16, TWO, None),
+    Row("bfloat16 causal, weights rounded, 2 processes against torch", 1.7, BF16, TWO_ROUNDED, TORCH),
+    Row("bfloat16 causal, weights rounded, 4 processes against 2", 0.9, BF16, FOUR_ROUNDED, TWO_ROUNDED),
+    Row(
+        "forward + backward, bfloat16 causal, weights rounded, 2 processes against torch",
+        1.6,
+        TRAIN,
+        TWO_ROUNDED,
+        TORCH,
+    ),
+    Row("bfloat16 causal, weights rounded, against the best peer, 2 processes", 1.7, BF16, TWO_ROUNDED, None),
     Row("1,024 tokens, float32 causal, 2 processes against torch", 0.85, SHORT, TWO, TORCH),
     Row("1,024 tokens, float32 causal, 4 processes against torch", 0.65, SHORT, FOUR, TORCH),
     Row("64 workers x 256 tokens, run_local, against our kernel alone", 0.7, LONG, (LOCAL, 64), ALONE),

@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 class Info(TypedDict):
     isas: list[str]
     isa: str
+    rounds_weights: bool
     default_threads: int
     helper_threads: int
 
@@ -23,6 +24,7 @@ def absorb(
     lo: Any = None,
     hi: Any = None,
     num_threads: int = 0,
+    rounds_weights: bool = False,
 ) -> None:
     """Add sum_j e^(s_ij) v_j and sum_j e^(s_ij), s_ij = scale q_i . k_j, to the state acc e^row_max, row_sum
     e^row_max, in place.
@@ -31,7 +33,8 @@ def absorb(
     and v [B, K, S, D] are float32, bfloat16 or float16 with any strides; query head h reads head h // (H / K). Row
     i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T] or [B, H, T]; a row that
     sees none keeps its bits. row_max is near the largest score, not necessarily equal to it. num_threads 0 means
-    every processor. The result does not depend on num_threads.
+    every processor. The result does not depend on num_threads. rounds_weights: e^(s_ij - row_max) may be rounded to
+    bfloat16 before it meets v_j; needs bfloat16 inputs and an instruction set that offers it (info()).
     """
 
 def absorb_runs(
@@ -43,6 +46,7 @@ def absorb_runs(
     *,
     scale: float,
     num_threads: int = 0,
+    rounds_weights: bool = False,
 ) -> None:
     """The same for several runs of keys and values, in their order: a list of (k, v, lower, upper, lo, hi), with
     indices counted in each run. Queries are read, and the state is read and written, once for all; the bits are those
@@ -66,15 +70,16 @@ def absorb_gradient(
     lo: Any = None,
     hi: Any = None,
     num_threads: int = 0,
+    rounds_weights: bool = False,
 ) -> None:
     """Add the tile's gradients to dq [B, H, T, D], dk and dv [B, K, S, D], float32; dq may be None, or dk and dv may
     be.
 
     p_ij = e^(s_ij - lse_i), ds_ij = p_ij (do_i . v_j - delta_i). lse and delta [B, H, T] are float32; a row with
-    lse = -inf has no gradient.
+    lse = -inf has no gradient. rounds_weights: p and ds may be rounded to bfloat16, as in absorb.
     """
 
 def info() -> Info:
-    """The instruction sets available and the one chosen (RINGSPAN_ISA), the default number of threads, the helpers
-    started.
+    """The instruction sets available and the one chosen (RINGSPAN_ISA), whether that one offers rounds_weights, the
+    default number of threads, the helpers started.
     """

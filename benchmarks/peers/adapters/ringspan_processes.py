@@ -9,6 +9,7 @@ class RingspanProcesses(Peer):
     name = "ringspan"
     packages = ("ringspan",)
     note = "zigzag if causal"
+    kernel = "auto"
 
     def ranges(self, problem, rank, workers):
         return (zigzag if problem.causal else contiguous)(problem.tokens, rank, workers)
@@ -18,5 +19,12 @@ class RingspanProcesses(Peer):
 
         import ringspan
 
-        options = dict(causal=problem.causal, layout="zigzag" if problem.causal else "contiguous")
+        layout = "zigzag" if problem.causal else "contiguous"
+        options = dict(causal=problem.causal, layout=layout, kernel=self.kernel)
         return torch_side.calls(problem, shards, lambda q, k, v: ringspan.ring_attention(q, k, v, **options))
+
+
+class RingspanRounded(RingspanProcesses):
+    name = "ringspan, rounded"
+    note = "zigzag if causal; kernel native_rounded: weights rounded to bfloat16, as all others do"
+    kernel = "native_rounded"

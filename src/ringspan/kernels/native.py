@@ -33,6 +33,7 @@ except ImportError as error:
 class Native:
     name = "native"
     sets_threads = True
+    rounds_weights = False
     # In calls of 256, a fifth of the time goes into reading the queries and moving the state.
     enough_keys = 4096
 
@@ -59,6 +60,7 @@ class Native:
             [(to_dlpack(k), to_dlpack(v), *_visibility(visible)) for k, v, visible in runs],
             scale=scale,
             num_threads=num_threads(),
+            rounds_weights=self.rounds_weights,
         )
 
     def absorb_gradient(
@@ -80,11 +82,30 @@ class Native:
             *map(to_dlpack, (dq, dk, dv, q, k, v, do, lse, delta)),
             scale=scale,
             num_threads=num_threads(),
+            rounds_weights=self.rounds_weights,
             lower=lower,
             upper=upper,
             lo=lo,
             hi=hi,
         )
+
+
+class NativeRounded(Native):
+    """The same with p and ds rounded to bfloat16 before they meet v, do, k and q, as in torch's attention and in the
+    kernels of GPUs: faster where a processor multiplies bfloat16, and not as exact."""
+
+    name = "native_rounded"
+    rounds_weights = True
+
+    def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
+        declined = super().declines(dtype, device, head_dim)
+        if declined is not None:
+            return declined
+        if dtype != torch.bfloat16:
+            return f"it is for bfloat16, these are {dtype}"
+        if not _native.info()["rounds_weights"]:
+            return f"this processor multiplies bfloat16 no faster than float32 ({_native.info()['isa']}): take native"
+        return None
 
 
 def _visibility(visible: RowIntervals) -> tuple[int | None, int | None, Any, Any]:
