@@ -26,5 +26,5 @@ class RingspanProcesses(Peer):
 
 class RingspanRounded(RingspanProcesses):
     name = "ringspan, rounded"
-    note = "zigzag if causal; kernel native_rounded: weights rounded to bfloat16, as all others do"
+    note = "zigzag if causal; kernel native_rounded: weights rounded to bfloat16, as torch's are"
     kernel = "native_rounded"
