@@ -44,6 +44,7 @@ def absorb_dq_kernel(
     delta,
     lo,
     hi,
+    flags,
     dq_strides,
     q_strides,
     k_strides,
@@ -65,12 +66,16 @@ def absorb_dq_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
+    FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dq [B, H, T, D] float32 in place. The rest as absorb_kernel has it; factor: scale * log2(e), of any sign."""
     num_blocks = tl.cdiv(num_rows, ROWS)
     start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * ROWS
     batch, head = tl.program_id(0) // num_blocks // num_heads, tl.program_id(0) // num_blocks % num_heads
+    if FLAGGED:
+        if tl.load(flags + tl.program_id(0) // num_blocks * num_blocks + start // ROWS) == 0:
+            return
     row = start + tl.arange(0, ROWS)
     bounds = batch.to(tl.int64) * bound_strides[0] + head.to(tl.int64) * bound_strides[1]
     first, last = seen_keys(lo + bounds, hi + bounds, bound_strides[2], row, num_rows, num_keys, lower, upper, BAND)
@@ -86,14 +91,15 @@ def absorb_dq_kernel(
     log2_total, drop = _row_constants(lse, delta, lse_strides, delta_strides, row, num_rows)
     gradient = _sweep_keys(
         block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
-    if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
-        gradient = _sweep_keys(
-            block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-            k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
-        )  # fmt: skip
+    if not FLAGGED:
+        if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
+            gradient = _sweep_keys(
+                block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
+                k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+            )  # fmt: skip
     _add_to(dq, gradient * scale, batch, head, start, num_rows, dq_strides, ROWS, DIMS, HEAD_DIM)
 
 
@@ -156,6 +162,7 @@ def absorb_dkdv_kernel(
     delta,
     lo,
     hi,
+    flags,
     dk_strides,
     dv_strides,
     q_strides,
@@ -178,6 +185,7 @@ def absorb_dkdv_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
+    FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dk, dv [B, K, S, D] float32 in place. Grid: key blocks times key heads times batch entries."""
@@ -185,20 +193,24 @@ def absorb_dkdv_kernel(
     start = tl.program_id(0) % num_blocks * KEYS
     stop = tl.minimum(start + KEYS, num_keys)
     batch, kv_head = tl.program_id(0) // num_blocks // num_kv_heads, tl.program_id(0) // num_blocks % num_kv_heads
+    if FLAGGED:
+        if tl.load(flags + tl.program_id(0)) == 0:
+            return
     k, v = of_head(k, batch, kv_head, k_strides), of_head(v, batch, kv_head, v_strides)
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     gradient_k, gradient_v, touched, partial = _sweep_rows(
         q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
         q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=False,
+        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
-    if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
-        gradient_k, gradient_v, touched, partial = _sweep_rows(
-            q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-            q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-            HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
-        )  # fmt: skip
+    if not FLAGGED:
+        if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
+            gradient_k, gradient_v, touched, partial = _sweep_rows(
+                q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
+                q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+                HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
+            )  # fmt: skip
     if touched > 0:
         _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
         _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, DIMS, HEAD_DIM)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ringspan.errors import UnsupportedError, explain
+from ringspan.kernels import hopper_kernel
 from ringspan.kernels.contract import TileByTile
-from ringspan.kernels.triton_configs import Config, Configs, configs
+from ringspan.kernels.triton_configs import FLAGGED, Config, Configs, configs
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
 
@@ -50,9 +51,29 @@ class Triton(TileByTile):
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
         if visible.kind is Kind.EMPTY or not q.shape[0]:
             return
+        factor = max(abs(scale) * math.log2(math.e), _SMALLEST_FACTOR)
+        flags = None
+        if scale >= 0 and hopper_kernel.serves(q, k, v, visible=visible):
+            flags = hopper_kernel.absorb(state, q, k, v, visible, factor)
+            if flags is None:
+                return
+        self._absorb(state, q, k, v, visible, factor, scale < 0, flags)
+
+    def _absorb(
+        self,
+        state: SoftmaxState,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visible: RowIntervals,
+        factor: float,
+        flipped: bool,
+        flags: Tensor | None,
+    ) -> None:
+        """flags: the only blocks to be taken in, and carefully."""
         from ringspan.kernels.triton_forward import absorb_kernel
 
-        config = self._configs_for(q).forward
+        config = self._configs_for(q).forward if flags is None else FLAGGED
         lo, hi, bound_strides, rule = _visibility(visible, q.device)
         tensors = (state.acc, state.row_max, state.row_sum, q, k, v)
         _launch(
@@ -62,12 +83,14 @@ class Triton(TileByTile):
             *tensors,
             lo,
             hi,
+            lo if flags is None else flags,
             *(x.stride() for x in tensors),
             bound_strides,
             num_heads=q.shape[1],
             group=q.shape[1] // k.shape[1],
-            factor=max(abs(scale) * math.log2(math.e), _SMALLEST_FACTOR),
-            FLIPPED=scale < 0,
+            factor=factor,
+            FLIPPED=flipped,
+            FLAGGED=flags is not None,
             **rule,
             **_sizes(q),
         )
@@ -88,22 +111,65 @@ class Triton(TileByTile):
     ) -> None:
         if visible.kind is Kind.EMPTY or not q.shape[0]:
             return
+        flags = None
+        if hopper_kernel.serves(q, k, v, do, visible=visible):
+            flags = hopper_kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
+            if flags is None:
+                return
+        self._absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale, flags)
+
+    def _absorb_gradient(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        visible: RowIntervals,
+        scale: float,
+        flags: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """flags: the only blocks to be taken in, and carefully; of dk and dv, and of dq."""
         from ringspan.kernels.triton_backward import absorb_dkdv_kernel, absorb_dq_kernel
 
-        chosen = self._configs_for(q)
+        chosen = self._configs_for(q) if flags is None else Configs(FLAGGED, FLAGGED, FLAGGED)
         lo, hi, bound_strides, rule = _visibility(visible, q.device)
+        of_keys, of_rows = (lo, lo) if flags is None else flags
         inputs = (q, k, v, do, lse, delta)
-        numbers = {"scale": scale, "factor": scale * math.log2(math.e)} | rule | _sizes(q)
+        numbers = {"scale": scale, "factor": scale * math.log2(math.e), "FLAGGED": flags is not None}
+        numbers |= rule | _sizes(q)
         group = q.shape[1] // k.shape[1]
-        for kernel, config, targets, along, heads in (
-            (absorb_dkdv_kernel, chosen.dkdv, (dk, dv), _blocks(k, chosen.dkdv.keys), {"num_kv_heads": k.shape[1]}),
-            (absorb_dq_kernel, chosen.dq, (dq,), _blocks(q, chosen.dq.rows), {"num_heads": q.shape[1]}),
+        for kernel, config, targets, mine, along, heads in (
+            (
+                absorb_dkdv_kernel,
+                chosen.dkdv,
+                (dk, dv),
+                of_keys,
+                _blocks(k, chosen.dkdv.keys),
+                {"num_kv_heads": k.shape[1]},
+            ),
+            (absorb_dq_kernel, chosen.dq, (dq,), of_rows, _blocks(q, chosen.dq.rows), {"num_heads": q.shape[1]}),
         ):
             tensors = (*targets, *inputs)
             strides = (x.stride() for x in tensors)
             programs = targets[0].shape[0] * targets[0].shape[1] * along
             _launch(
-                kernel, config, programs, *tensors, lo, hi, *strides, bound_strides, group=group, **heads, **numbers
+                kernel,
+                config,
+                programs,
+                *tensors,
+                lo,
+                hi,
+                mine,
+                *strides,
+                bound_strides,
+                group=group,
+                **heads,
+                **numbers,
             )
 
     def _configs_for(self, q: Tensor) -> Configs:
