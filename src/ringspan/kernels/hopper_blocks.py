@@ -29,25 +29,66 @@ def block_at(index, begin, full_begin, full_end):
 
 
 @gluon.jit
-def key_blocks_of_band(start, stop, num_keys, lower, upper, KEYS: gl.constexpr):
-    """(begin, full_begin, full_end, end): key blocks that a row of start..stop sees, and those that all see whole."""
-    begin = gl.maximum(start + lower, 0) // KEYS
-    end = gl.maximum(gl.cdiv(gl.minimum(stop - 1 + upper, num_keys), KEYS), begin)
-    full_begin = gl.cdiv(gl.maximum(stop - 1 + lower, 0), KEYS)
-    full_end = gl.maximum(gl.minimum(start + upper, num_keys), 0) // KEYS
+def seen_keys(row, rule, BAND: gl.constexpr):
+    """(first, last) of each row: it sees first <= key < last; (num_keys, 0) if it sees none or is beyond the edge.
+
+    From the rule of a band, or from arrays of int32.
+    """
+    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
+    if BAND:
+        first, last = row + lower, row + upper
+    else:
+        first = gl.load(lo + row.to(gl.int64) * stride, mask=row < num_rows, other=0)
+        last = gl.load(hi + row.to(gl.int64) * stride, mask=row < num_rows, other=0)
+    first, last = gl.maximum(first, 0), gl.minimum(last, num_keys)
+    sees = (row < num_rows) & (first < last)
+    return gl.where(sees, first, num_keys), gl.where(sees, last, 0)
+
+
+@gluon.jit
+def key_blocks(start, stop, rule, ROWS: gl.constexpr, KEYS: gl.constexpr, BAND: gl.constexpr):
+    """(begin, full_begin, full_end, end): key blocks that a row of start..stop sees, and those that all see whole.
+
+    ROWS: a power of two, stop - start at most.
+    """
+    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
+    if BAND:
+        lowest, highest = gl.maximum(start + lower, 0), gl.minimum(stop - 1 + upper, num_keys)
+        last_to_begin, first_to_end = (
+            gl.maximum(stop - 1 + lower, 0),
+            gl.maximum(gl.minimum(start + upper, num_keys), 0),
+        )
+    else:
+        row = start + gl.arange(0, ROWS, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+        first, last = seen_keys(row, rule, False)
+        lowest, highest = gl.min(gl.where(row < stop, first, num_keys), 0), gl.max(gl.where(row < stop, last, 0), 0)
+        last_to_begin = gl.max(gl.where(row < stop, first, 0), 0)
+        first_to_end = gl.min(gl.where(row < stop, last, num_keys), 0)
+    begin = lowest // KEYS
+    end = gl.maximum(gl.cdiv(highest, KEYS), begin)
+    full_begin, full_end = gl.cdiv(last_to_begin, KEYS), first_to_end // KEYS
     none = full_begin >= full_end
     return begin, gl.where(none, end, full_begin), gl.where(none, end, full_end), end
 
 
 @gluon.jit
-def row_blocks_of_band(start, stop, num_rows, lower, upper, ROWS: gl.constexpr):
-    """(begin, full_begin, full_end, end): row blocks that see some of the keys start..stop, and those that see all."""
-    begin = gl.maximum(start - upper + 1, 0) // ROWS
-    end = gl.maximum(gl.cdiv(gl.minimum(stop - lower, num_rows), ROWS), begin)
-    full_begin = gl.cdiv(gl.maximum(stop - upper, 0), ROWS)
-    full_end = gl.maximum(gl.minimum(start - lower + 1, num_rows), 0) // ROWS
-    none = full_begin >= full_end
-    return begin, gl.where(none, end, full_begin), gl.where(none, end, full_end), end
+def row_blocks(start, stop, rule, ranges, ROWS: gl.constexpr, BAND: gl.constexpr):
+    """(begin, full_begin, full_end, end): row blocks that see some of the keys start..stop, and those that see all.
+
+    ranges: where these four are, unless they follow from a band (triton_ranges has made them).
+    """
+    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
+    if BAND:
+        begin = gl.maximum(start - upper + 1, 0) // ROWS
+        end = gl.maximum(gl.cdiv(gl.minimum(stop - lower, num_rows), ROWS), begin)
+        full_begin = gl.cdiv(gl.maximum(stop - upper, 0), ROWS)
+        full_end = gl.maximum(gl.minimum(start - lower + 1, num_rows), 0) // ROWS
+        none = full_begin >= full_end
+        full_begin, full_end = gl.where(none, end, full_begin), gl.where(none, end, full_end)
+    else:
+        begin, full_begin = gl.load(ranges), gl.load(ranges + 1)
+        full_end, end = gl.load(ranges + 2), gl.load(ranges + 3)
+    return begin, full_begin, full_end, end
 
 
 @gluon.jit

@@ -17,10 +17,11 @@ from ringspan.kernels.hopper_blocks import (
     copy_block,
     fetch,
     has_nan,
-    key_blocks_of_band,
+    key_blocks,
     make_ring,
     matrix_of,
     release,
+    seen_keys,
     start_scores,
     wait_for,
 )
@@ -39,10 +40,13 @@ def absorb_kernel(
     q_descriptor,
     k_descriptor,
     v_descriptor,
+    lo,
+    hi,
     flags,
     acc_strides,
     max_strides,
     sum_strides,
+    bound_strides,
     num_heads,
     group,
     num_rows,
@@ -52,12 +56,15 @@ def absorb_kernel(
     hides,
     factor,
     HEAD_DIM: gl.constexpr,
+    BAND: gl.constexpr,
     STAGES: gl.constexpr,
     GROUPS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """acc [B, H, T, D], row_max, row_sum [B, H, T] float32, in place; descriptors of q [B, H, T, D] in blocks of 64
-    rows and of k, v [B, K, S, D] in blocks of KEYS. Row i sees i + lower <= key < i + upper. factor > 0.
+    rows and of k, v [B, K, S, D] in blocks of keys. factor > 0.
+
+    BAND: row i sees i + lower <= key < i + upper; else lo, hi (int32) by bound_strides (B, H, T).
 
     hides: 1 if any row does not see all keys. flags [B, H, row blocks of 64] int32: 1 where a NaN may have come from a
     pair that the mask hides. Such a block's state is as it was: triton_forward takes it in anew, carefully.
@@ -69,9 +76,12 @@ def absorb_kernel(
     start = (num_blocks - 1 - gl.program_id(0) % num_blocks) * ROWS
     batch, head = gl.program_id(0) // num_blocks // num_heads, gl.program_id(0) // num_blocks % num_heads
     stop = gl.minimum(start + ROWS, num_rows)
-    begin, full_begin, full_end, end = key_blocks_of_band(start, stop, num_keys, lower, upper, KEYS)
+    lo += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
+    hi += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
+    rule = (num_rows, num_keys, lower, upper, hides, lo, hi, bound_strides[2])
+    blocks = key_blocks(start, stop, rule, 4 * GROUP_ROWS, KEYS, BAND)
     flags += gl.program_id(0) // num_blocks * gl.cdiv(num_rows, GROUP_ROWS) + start // GROUP_ROWS
-    if begin >= end:
+    if blocks[0] >= blocks[3]:
         for member in gl.static_range(GROUPS):
             gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < num_rows)
         return
@@ -85,15 +95,13 @@ def absorb_kernel(
     row_max += batch.to(gl.int64) * max_strides[0] + head.to(gl.int64) * max_strides[1]
     row_sum += batch.to(gl.int64) * sum_strides[0] + head.to(gl.int64) * sum_strides[1]
     state = (acc, acc_strides[2], acc_strides[3], row_max, max_strides[2], row_sum, sum_strides[2])
-    blocks = (begin, full_begin, full_end, end)
-    bounds = (num_rows, num_keys, lower, upper, hides)
     inputs = (qs, q_ready, k_ring, v_ring)
     descriptors = (q_descriptor, k_descriptor, v_descriptor)
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_take_in, (0, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM)),
-                (_take_in, (1, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM)),
+                (_take_in, (0, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM, BAND)),
+                (_take_in, (1, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM, BAND)),
                 (_fetch, (start, blocks, batch, head, head // group, descriptors, inputs)),
             ],
             [4, 1],
@@ -102,9 +110,9 @@ def absorb_kernel(
     else:
         gl.warp_specialize(
             [
-                (_take_in, (0, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM)),
-                (_take_in, (1, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM)),
-                (_take_in, (2, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM)),
+                (_take_in, (0, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM, BAND)),
+                (_take_in, (1, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM, BAND)),
+                (_take_in, (2, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM, BAND)),
                 (_fetch, (start, blocks, batch, head, head // group, descriptors, inputs)),
             ],
             [4, 4, 1],
@@ -129,7 +137,7 @@ def _fetch(start, blocks, batch, head, kv_head, descriptors, inputs):
 
 
 @gluon.jit
-def _take_in(member, start, blocks, bounds, state, inputs, flags, factor, HEAD_DIM: gl.constexpr):
+def _take_in(member, start, blocks, rule, state, inputs, flags, factor, HEAD_DIM: gl.constexpr, BAND: gl.constexpr):
     """One group's 64 rows through all blocks of keys."""
     qs, q_ready, k_ring, v_ring = inputs
     DIMS: gl.constexpr = qs.shape[4]
@@ -138,12 +146,12 @@ def _take_in(member, start, blocks, bounds, state, inputs, flags, factor, HEAD_D
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIMS, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     begin, full_begin, full_end, end = blocks
-    num_rows, num_keys, lower, upper, hides = bounds
+    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
     acc, stride_row, stride_dim, row_max, stride_max, row_sum, stride_sum = state
     num_blocks, num_whole = end - begin, full_end - full_begin
     start += member * GROUP_ROWS
     row = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SCORES))
-    first, last = gl.maximum(row + lower, 0), gl.minimum(row + upper, num_keys)
+    first, last = seen_keys(row, rule, BAND)
     peak = gl.load(row_max + row.to(gl.int64) * stride_max, mask=row < num_rows, other=0.0)
     total = gl.load(row_sum + row.to(gl.int64) * stride_sum, mask=row < num_rows, other=0.0)
     peak, loss = _in_log2(peak)
@@ -183,21 +191,23 @@ def _take_in(member, start, blocks, bounds, state, inputs, flags, factor, HEAD_D
         leaked = has_nan(numerator)
     gl.store(flags + member, leaked, mask=start < num_rows)
     if leaked == 0:
-        _store(state, bounds, start, numerator, total, peak, HEAD_DIM, SCORES, SUMS)
+        _store(state, rule, start, numerator, total, peak, HEAD_DIM, BAND, SCORES, SUMS)
 
 
 @gluon.jit
 def _store(
-    state, bounds, start, numerator, total, peak, HEAD_DIM: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr
-):
+    state, rule, start, numerator, total, peak,
+    HEAD_DIM: gl.constexpr, BAND: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr,
+):  # fmt: skip
     """Rows that see nothing keep every bit."""
     acc, stride_row, stride_dim, row_max, stride_max, row_sum, stride_sum = state
-    num_rows, num_keys, lower, upper, hides = bounds
+    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
     peak, loss = _in_nats(peak)
     # Through the compiler's eyes another start: the pointers of the loads would take registers that the loop needs.
     start = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [start], dtype=gl.int32, is_pure=False, pack=1)
     row = start + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SCORES))
-    sees = (gl.maximum(row + lower, 0) < gl.minimum(row + upper, num_keys)) & (row < num_rows)
+    first, last = seen_keys(row, rule, BAND)
+    sees = first < last
     gl.store(row_max + row.to(gl.int64) * stride_max, peak, mask=sees)
     gl.store(row_sum + row.to(gl.int64) * stride_sum, total * loss, mask=sees)
     of_sum: gl.constexpr = gl.SliceLayout(1, SUMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ringspan.kernels.triton_bounds import Bounds, common
 from ringspan.state import SoftmaxState
-from ringspan.tile import Kind, RowIntervals
 
 # Gluon is an experimental part of Triton, whose names still change: these are the versions it was run or compiled with.
 _VERSIONS = ((3, 6), (3, 9))
@@ -59,15 +60,14 @@ def is_there() -> bool:
     return _VERSIONS[0] <= version <= _VERSIONS[1]
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, *others: Tensor, visible: RowIntervals) -> bool:
+def serves(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
     """Whether a tile can be theirs. others: further matrices to be read, as do."""
     return (
         q.is_cuda
         and q.dtype.itemsize == 2
         and torch.cuda.get_device_capability(q.device) == _CAPABILITY
         and is_there()
-        and visible.band is not None
-        and min(visible.num_rows, visible.num_keys) >= _FEWEST
+        and min(q.shape[2], k.shape[2]) >= _FEWEST
         and _SMALLEST_HEAD_DIM <= q.shape[-1] <= LARGEST_HEAD_DIM
         and all(map(_is_ready, (q, k, v, *others)))
     )
@@ -90,7 +90,7 @@ def configs(head_dim: int) -> tuple[int, Configs]:
     return next((dims, chosen) for dims, chosen in CONFIGS.items() if head_dim <= dims)
 
 
-def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, factor: float) -> Tensor | None:
+def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, known: Bounds, factor: float) -> Tensor | None:
     """Of a positive factor, |scale| * log2(e). Returns flags [B, H, row blocks of 64], int32, where pairs are hidden:
     1 for blocks that are left as they were, since what hidden values are may have reached them."""
     from ringspan.kernels.hopper_forward import absorb_kernel
@@ -107,16 +107,20 @@ def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowInt
         _descriptor(q, _GROUP_ROWS, dims),
         _descriptor(k, config.block, dims),
         _descriptor(v, config.block, dims),
+        known.lo,
+        known.hi,
         flags,
         *(x.stride() for x in tensors),
+        known.strides,
         num_heads=q.shape[1],
         group=q.shape[1] // k.shape[1],
+        hides=int(known.hides),
         factor=factor,
-        GROUPS=config.groups,
-        **_rule(visible),
         HEAD_DIM=q.shape[-1],
+        GROUPS=config.groups,
+        **common(known),
     )
-    return flags if _hides(visible) else None
+    return flags if known.hides else None
 
 
 def absorb_gradient(
@@ -129,7 +133,7 @@ def absorb_gradient(
     do: Tensor,
     lse: Tensor,
     delta: Tensor,
-    visible: RowIntervals,
+    known: Bounds,
     scale: float,
 ) -> tuple[Tensor, Tensor] | None:
     """Returns flags of dk and dv [B, K, key blocks of 64] and of dq [B, H, row blocks of 64], as absorb does."""
@@ -137,54 +141,47 @@ def absorb_gradient(
 
     dims, chosen = configs(q.shape[-1])
     numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": q.shape[1] // k.shape[1]}
-    numbers |= _rule(visible) | {"HEAD_DIM": q.shape[-1]}
-    flags = _flags(k), _flags(q)
-    for kernel, config, owner, targets, heads, mine in (
-        (absorb_dkdv_kernel, chosen.dkdv, k, (dk, dv), {"num_kv_heads": k.shape[1]}, flags[0]),
-        (absorb_dq_kernel, chosen.dq, q, (dq,), {"num_heads": q.shape[1]}, flags[1]),
-    ):
-        of_rows, of_keys = (_GROUP_ROWS, config.block) if owner is q else (config.block, _GROUP_ROWS)
-        programs = owner.shape[0] * owner.shape[1] * -(-owner.shape[2] // (config.groups * _GROUP_ROWS))
-        _launch(
-            kernel,
-            config,
-            programs,
-            *targets,
-            _descriptor(q, of_rows, dims),
-            _descriptor(k, of_keys, dims),
-            _descriptor(v, of_keys, dims),
-            _descriptor(do, of_rows, dims),
-            lse,
-            delta,
-            mine,
-            *(x.stride() for x in (*targets, lse, delta)),
-            **heads,
-            **numbers,
-        )
-    return flags if _hides(visible) else None
+    numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | common(known)
+    of_keys, of_rows = _flags(k), _flags(q)
+    bounded = (lse, delta, known.lo, known.hi)
+    strides = (lse.stride(), delta.stride(), known.strides)
+
+    config = chosen.dkdv
+    ranges, range_strides = known.ranges(config.groups * _GROUP_ROWS, config.block)
+    _launch(
+        absorb_dkdv_kernel,
+        config,
+        k.shape[0] * k.shape[1] * -(-k.shape[2] // (config.groups * _GROUP_ROWS)),
+        *(dk, dv),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, config.block, _GROUP_ROWS)),
+        *(*bounded, ranges, of_keys),
+        *(dk.stride(), dv.stride(), *strides, range_strides),
+        num_kv_heads=k.shape[1],
+        **numbers,
+    )
+    config = chosen.dq
+    _launch(
+        absorb_dq_kernel,
+        config,
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * _GROUP_ROWS)),
+        dq,
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, _GROUP_ROWS, config.block)),
+        *(*bounded, of_rows),
+        *(dq.stride(), *strides),
+        num_heads=q.shape[1],
+        **numbers,
+    )
+    return (of_keys, of_rows) if known.hides else None
+
+
+def _blocks_of(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_block: int, key_block: int
+) -> Iterator[tuple[Tensor, int]]:
+    return zip((q, k, v, do), (row_block, key_block, key_block, row_block), strict=True)
 
 
 def _flags(x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:2], -(-x.shape[2] // _GROUP_ROWS)), dtype=torch.int32, device=x.device)
-
-
-def _hides(visible: RowIntervals) -> bool:
-    return visible.kind is not Kind.FULL
-
-
-def _rule(visible: RowIntervals) -> dict[str, int]:
-    assert visible.band is not None
-    num_rows, num_keys = visible.num_rows, visible.num_keys
-    lower = -num_rows if visible.band.lower is None else visible.band.lower
-    upper = num_keys if visible.band.upper is None else visible.band.upper
-    lower, upper = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
-    return {
-        "num_rows": num_rows,
-        "num_keys": num_keys,
-        "lower": lower,
-        "upper": upper,
-        "hides": int(_hides(visible)),
-    }
 
 
 def _descriptor(x: Tensor, length: int, dims: int) -> Any:

@@ -162,6 +162,7 @@ def absorb_dkdv_kernel(
     delta,
     lo,
     hi,
+    ranges,
     flags,
     dk_strides,
     dv_strides,
@@ -172,6 +173,7 @@ def absorb_dkdv_kernel(
     lse_strides,
     delta_strides,
     bound_strides,
+    range_strides,
     num_kv_heads,
     group,
     num_rows,
@@ -200,16 +202,16 @@ def absorb_dkdv_kernel(
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     gradient_k, gradient_v, touched, partial = _sweep_rows(
-        q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-        q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+        q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
+        q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
         HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     if not FLAGGED:
         if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
             gradient_k, gradient_v, touched, partial = _sweep_rows(
-                q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-                q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-                HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
+                q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows,
+                num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper,
+                factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
             )  # fmt: skip
     if touched > 0:
         _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
@@ -218,8 +220,8 @@ def absorb_dkdv_kernel(
 
 @triton.jit
 def _sweep_rows(
-    q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-    q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+    q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
+    q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +238,9 @@ def _sweep_rows(
         if BAND:
             begin, full_begin, full_end, end = _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS)
         else:
-            begin, end = _row_blocks(my_lo, my_hi, bound_strides[2], start, stop, num_rows, num_keys, ROWS)
-            full_begin, full_end = end, end
+            mine = ranges + batch.to(tl.int64) * range_strides[0] + head.to(tl.int64) * range_strides[1]
+            mine += start // KEYS * range_strides[2]
+            begin, full_begin, full_end, end = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2), tl.load(mine + 3)
         my_q, my_do = of_head(q, batch, head, q_strides), of_head(do, batch, head, do_strides)
         my_lse, my_delta = of_head(lse, batch, head, lse_strides), of_head(delta, batch, head, delta_strides)
         if CAREFUL:
@@ -308,19 +311,6 @@ def _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS: tl.constexpr)
     full_end = tl.minimum(tl.maximum(start - lower + 1, 0), num_rows) // ROWS
     none = full_begin >= full_end
     return begin, tl.where(none, end, full_begin), tl.where(none, end, full_end), end
-
-
-@triton.jit
-def _row_blocks(lo, hi, stride, start, stop, num_rows, num_keys, ROWS: tl.constexpr):
-    """(begin, end) of the row blocks that see some of the keys start..stop."""
-    begin, end = tl.cdiv(num_rows, ROWS), 0
-    for block in range(tl.cdiv(num_rows, ROWS)):
-        row = block * ROWS + tl.arange(0, ROWS)
-        first, last = seen_keys(lo, hi, stride, row, num_rows, num_keys, 0, 0, False)
-        sees = tl.max(((first < stop) & (last > start)).to(tl.int32), 0) == 1
-        begin = tl.where(sees, tl.minimum(begin, block), begin)
-        end = tl.where(sees, block + 1, end)
-    return begin, end
 
 
 @triton.jit
