@@ -11,8 +11,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Before anybody imports triton: where there is no GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # Before CUDA starts: without it cuBLAS is not deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
+    # Before anybody imports triton: its kernels run in its interpreter.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Asserts in the helpers explain themselves only if pytest rewrites them too.

@@ -4,8 +4,8 @@
     delta_i = do_i . out_i - dlse_i   ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j      dk_j = scale sum_i ds_ij q_i      dv_j = sum_i p_ij do_i
 
-over the pairs that `seen`, [T, S] or [B, H, T, S], shows. In float64 it is the definition; the same in float32 is
-"plain attention", whose error the library may at most double.
+over the pairs that `seen`, [T, S] or [B, H, T, S], shows; on the device of the tensors. In float64 it is the
+definition; the same in float32 is "plain attention", whose error the library may at most double.
 """
 
 from __future__ import annotations
@@ -29,17 +29,21 @@ def seen_by_mask(mask: Mask) -> Tensor:
 
 
 def seen_by_intervals(visible: RowIntervals) -> Tensor:
-    """[T, S] or [B, H, T, S] bool, from the words of Band and RowIntervals and none of their methods."""
+    """[T, S] or [B, H, T, S] bool, from the words of Band and RowIntervals and none of their methods.
+
+    On the default device, as what kernel_behaviour.py makes.
+    """
     row, key = np.arange(visible.num_rows)[:, None], np.arange(visible.num_keys)
     if visible.band is None:
-        return torch.from_numpy((visible.lo[..., None] <= key) & (key < visible.hi[..., None]))
+        seen = (visible.lo[..., None] <= key) & (key < visible.hi[..., None])
+        return torch.from_numpy(seen).to(torch.get_default_device())
     lower, upper = visible.band.lower, visible.band.upper
     seen = np.ones((visible.num_rows, visible.num_keys), dtype=bool)
     if lower is not None:
         seen &= row + lower <= key
     if upper is not None:
         seen &= key < row + upper
-    return torch.from_numpy(seen)
+    return torch.from_numpy(seen).to(torch.get_default_device())
 
 
 def attention(
@@ -180,12 +184,13 @@ def bounds_of_gradients(
     weight_error: what else a p or ds may be wrong by, as a part of it.
     """
     dtype = state_dtype(q.dtype)
-    exact = gradients(q, k, v, do, dlse, seen, scale)
-    plain = gradients(q, k, v, do, dlse, seen, scale, dtype, q.dtype if rounds_weights else None)
-    floor = max(2 * torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(q, k, v, do, dlse, seen, scale))
+    inputs = (q, k, v, do, dlse, seen, scale)
+    exact = gradients(*inputs)
+    plain = gradients(*inputs, dtype, q.dtype if rounds_weights else None)
+    floor = max(2 * torch.finfo(dtype).eps, 1e-12) * torch.tensor(rounding_of_gradients(*inputs), device=q.device)
     if rounds_weights or weight_error:
-        of_weights = rounding_of_gradients(q, k, v, do, dlse, seen, scale, of_weights_only=True)
-        floor += (weight_error or torch.finfo(q.dtype).eps / 2) * torch.tensor(of_weights)
+        of_weights = torch.tensor(rounding_of_gradients(*inputs, of_weights_only=True), device=q.device)
+        floor += (weight_error or torch.finfo(q.dtype).eps / 2) * of_weights
     errors = torch.stack([torch.linalg.vector_norm(a.double() - b) for a, b in zip(plain, exact, strict=True)])
     return tuple(torch.maximum(2 * errors, floor).tolist())
 

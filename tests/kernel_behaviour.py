@@ -53,12 +53,17 @@ class Tile(NamedTuple):
 def make_tile(
     visible: RowIntervals, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32, scale=None, size=1.0
 ) -> Tile:
-    """Normal numbers; scores then have a standard deviation of size**2."""
+    """Normal numbers, on the default device; scores then have a standard deviation of size**2."""
     num_rows, num_keys = visible.num_rows, visible.num_keys
-    q, do = (torch.randn(batch, heads, num_rows, dim).to(dtype) for _ in range(2))
-    k, v = (torch.randn(batch, kv_heads, num_keys, dim).to(dtype) for _ in range(2))
-    dlse = torch.randn(batch, heads, num_rows).to(state_dtype(dtype))
+    q, do = (_normal(batch, heads, num_rows, dim).to(dtype) for _ in range(2))
+    k, v = (_normal(batch, kv_heads, num_keys, dim).to(dtype) for _ in range(2))
+    dlse = _normal(batch, heads, num_rows).to(state_dtype(dtype))
     return Tile(q * size, k * size, v, do, dlse, visible, dim**-0.5 if scale is None else scale)
+
+
+def _normal(*shape: int) -> Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, device="cpu").to(torch.get_default_device())
 
 
 def forward(kernel: Kernel, tile: Tile, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -169,6 +174,7 @@ class KernelBehaviour:
     weight_errors: what else a p or ds may be wrong by, as a part of it, by the inputs' dtype.
     steadiness: (rtol, atol) of what a NaN elsewhere may change where it does not reach.
     one_in: of the cases of every test only one in so many is run with the fast tests (conftest.py).
+    device: what it serves; a subclass for another one makes it the default device of its tests (test_gpu_kernels.py).
     """
 
     kernel: ClassVar[Kernel]
@@ -179,6 +185,7 @@ class KernelBehaviour:
     weight_errors: ClassVar[Mapping[torch.dtype, float]] = {}
     steadiness: ClassVar[tuple[float, float]] = (1e-4, 1e-5)
     one_in: ClassVar[int] = 1
+    device: ClassVar[str] = "cpu"
 
     @pytest.fixture(params=FLOATS, ids=str)
     def dtype(self, request) -> torch.dtype:
@@ -196,9 +203,8 @@ class KernelBehaviour:
     # What it serves
 
     def test_it_serves_what_it_declares_and_refuses_the_rest(self):
-        cpu = torch.device("cpu")
         for dtype, dim in product(FLOATS, self.head_dims):
-            declines = self.kernel.declines(dtype, cpu, dim)
+            declines = self.kernel.declines(dtype, torch.device(self.device), dim)
             assert declines is None if dtype in self.dtypes else declines, (dtype, dim)
         for dtype, device, dim in self.refuses:
             assert self.kernel.declines(dtype, torch.device(device), dim), (dtype, device, dim)
@@ -494,6 +500,12 @@ STORAGES = {
 
 def peak_bytes(call) -> int:
     """The most that the call had allocated from torch at any moment, beyond what was there before."""
+    if torch.get_default_device().type == "cuda":
+        call()  # cuBLAS's workspace, which is made once, is nobody's scratch
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = profile.profiler.kineto_results.events()

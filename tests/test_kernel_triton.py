@@ -15,10 +15,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import interpreter
 import triton
 import triton.language as tl
+from triton_tiles import SMALL, state_of
 
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.table import choose
-from ringspan.kernels.triton_configs import Config, Configs
 from ringspan.kernels.triton_kernel import Triton
 from ringspan.kernels.triton_merge import merge_normalised_
 from ringspan.state import SoftmaxState
@@ -54,14 +54,6 @@ class TestTriton(KernelBehaviour):
         state = SoftmaxState.empty(tile.q)
         call = lambda: self.kernel.absorb(state, tile.q, tile.k, tile.v, tile.visible, tile.scale)  # noqa: E731
         assert peak_bytes(call) <= 300 * 2 * 4 + 64
-
-
-def of_blocks(*sizes: tuple[int, int]) -> Triton:
-    forward, dq, dkdv = (Config(rows, keys, 4, 1) for rows, keys in sizes)
-    return Triton(lambda *_: Configs(forward, dq, dkdv))
-
-
-SMALL = {"wide": of_blocks((16, 32), (16, 64), (32, 16)), "tall": of_blocks((64, 16), (32, 16), (16, 32))}
 
 
 FAST = {("wide", "window"), ("wide", "any intervals of each head"), ("tall", "diagonal"), ("tall", "causal documents")}
@@ -153,12 +145,6 @@ def test_the_interpreter_cuts_bfloat16_off():
 
 
 # The fused merge
-
-
-def state_of(rows: int, dim: int, *, blind: slice) -> SoftmaxState:
-    state = SoftmaxState(torch.randn(2, 3, rows, dim), torch.randn(2, 3, rows), torch.rand(2, 3, rows) + 0.5)
-    state.acc[:, :, blind], state.row_max[:, :, blind], state.row_sum[:, :, blind] = 0.0, -torch.inf, 0.0
-    return state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

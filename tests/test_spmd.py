@@ -16,18 +16,29 @@ class Spmd:
     """A whole sequence, cut up for the workers of a ring in the contract's shapes."""
 
     def __init__(
-        self, seqlen, workers, b=1, h=2, h_kv=None, d=16, causal=False, striped=False, dtype=torch.float32, seed=0
+        self,
+        seqlen,
+        workers,
+        b=1,
+        h=2,
+        h_kv=None,
+        d=16,
+        causal=False,
+        striped=False,
+        dtype=torch.float32,
+        seed=0,
+        device="cpu",
     ):
         self.workers, self.causal, self.striped, self.d = workers, causal, striped, d
         generator = torch.Generator().manual_seed(seed)
         heads, total = (h, h_kv or h, h_kv or h, h), workers * seqlen
-        self.q, self.k, self.v, self.dy = (torch.randn(b, n, total, d, generator=generator).to(dtype) for n in heads)
+        normal = (torch.randn(b, n, total, d, generator=generator) for n in heads)
+        self.q, self.k, self.v, self.dy = (x.to(device, dtype) for x in normal)
         if causal:  # the contract's pre-scaled q
             self.q = (self.q * d**-0.5).to(dtype)
         self.scale = 1.0 if causal else d**-0.5
-        self.mask = (
-            torch.ones(total, total, dtype=torch.bool).tril() if causal else torch.ones(total, total, dtype=torch.bool)
-        )
+        everything = torch.ones(total, total, dtype=torch.bool, device=device)
+        self.mask = everything.tril() if causal else everything
         self.options = dict(num_workers=workers, use_causal_mask=causal, softmax_scale=1.0 if causal else None)
 
     def cut(self, x, worker):

@@ -27,6 +27,8 @@ class Case:
     options: dict = field(default_factory=dict)
     seed: int = 0
     shared: bool = False  # keys and values lie in memory that other processes read
+    device: str = "cpu"
+    rounds_weights: bool = False  # the kernel multiplies by weights of the dtype
 
     def tensors(self) -> list[Tensor]:
         """q, k, v, do, dlse of the whole sequence."""
@@ -34,11 +36,11 @@ class Case:
         keys = self.tokens if self.keys is None else self.keys
 
         def normal(*shape):
-            return torch.randn(*shape, generator=generator).to(self.dtype)
+            return torch.randn(*shape, generator=generator, device="cpu").to(self.device, self.dtype)
 
         rows = (self.batch, self.heads, self.tokens)
         columns = (self.batch, self.kv_heads, keys, self.head_dim)
-        dlse = torch.randn(rows, generator=generator)
+        dlse = torch.randn(rows, generator=generator, device="cpu").to(self.device)
         return [normal(*rows, self.head_dim), normal(*columns), normal(*columns), normal(*rows, self.head_dim), dlse]
 
     def seen(self) -> Tensor:
@@ -52,7 +54,7 @@ class Case:
                 0 if self.options.get("causal") else right,
                 None if documents is None else tuple(documents),
             )
-        )
+        ).to(self.device)
 
     @property
     def scale(self) -> float:
@@ -82,12 +84,13 @@ def check(case: Case, found: dict[str, Tensor]) -> None:
     dlse = torch.where(seen.any(-1), dlse, 0.0)
     out, lse = attention(q, k, v, seen, scale)
     assert found["out"].dtype == case.dtype
-    close("out", found["out"], out, bound_of_out(q, k, v, seen, scale) * float(torch.linalg.vector_norm(out)))
+    bound = bound_of_out(q, k, v, seen, scale, case.rounds_weights)
+    close("out", found["out"], out, bound * float(torch.linalg.vector_norm(out)))
     assert torch.equal(found["lse"].isneginf(), lse.isneginf())
     finite = ~lse.isneginf()
     assert torch.allclose(found["lse"][finite].double(), lse[finite], rtol=0, atol=bound_of_lse(q, k, scale))
     exact = gradients(q, k, v, do, dlse, seen, scale)
-    bounds = bounds_of_gradients(q, k, v, do, dlse, seen, scale)
+    bounds = bounds_of_gradients(q, k, v, do, dlse, seen, scale, case.rounds_weights)
     for name, grad, bound in zip(("dq", "dk", "dv"), exact, bounds, strict=True):
         assert found[name].dtype == case.dtype
         # The output's own rounding; and delta is made from the rounded out, as in every fused backward.

@@ -1,0 +1,404 @@
+"""Whole calls on a GPU: rings of threads on one of them, SPMD entries, NCCL, CUDA graphs, torch.compile, refusals."""
+
+import re
+import threading
+
+import pytest
+import torch
+from definition import attention, relative_error
+from gpu import DEVICE, counting
+from processes import results, run_processes
+from test_spmd import MASKS, Spmd, both, documents
+from whole import Case, check, ring
+
+import ringspan
+from ringspan import run_local
+from ringspan.kernels import table, triton_kernel
+from ringspan.kernels.torch_cuda import LIBRARIES, TorchCuda
+
+LAYOUTS = ("contiguous", "striped", "zigzag")
+TIMEOUT_S = 100  # the first rank to launch a kernel compiles it, for seconds
+
+pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+
+
+def masks(tokens):
+    third = tokens // 3
+    return {
+        "none": {},
+        "causal": dict(causal=True),
+        "window": dict(window_size=(20, 7)),
+        "causal window": dict(causal=True, window_size=(50, 0)),
+        "causal documents": dict(causal=True, cu_seqlens=[0, third, third, tokens - third, tokens]),
+    }
+
+
+def on_gpu(tokens, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, **rest) -> Case:
+    halves = dtype in (torch.bfloat16, torch.float16)
+    return Case(tokens, heads, kv_heads, head_dim, dtype=dtype, device=DEVICE, rounds_weights=halves, **rest)
+
+
+def exact_ring(case: Case, num_ranks: int) -> dict[str, torch.Tensor]:
+    """Whole results of a ring, which all of its ranks have and which are those of float64 attention."""
+    first, *others = run_local(ring, num_ranks, case, timeout=TIMEOUT_S)
+    assert {x.device.type for x in first.values()} == {DEVICE}
+    check(case, first)
+    assert all(torch.equal(x, other[name]) for name, x in first.items() for other in others)
+    return first
+
+
+# Rings of threads, each with a stream of its own
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mask", masks(3))
+def test_a_ring_of_any_size_is_exact_under_every_mask_and_layout(mask, layout, num_ranks):
+    exact_ring(on_gpu(129, layout=layout, options=masks(129)[mask]), num_ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 63, 1000])
+@pytest.mark.parametrize("num_ranks", [3, 8])
+def test_a_length_that_divides_by_nothing_is_exact(num_ranks, tokens, layout):
+    exact_ring(on_gpu(tokens, layout=layout, options=dict(causal=True)), num_ranks)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_every_dtype_is_exact_to_its_own_rounding(dtype, causal):
+    exact_ring(on_gpu(200, dtype=dtype, layout="zigzag", options=dict(causal=causal)), 4)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 8])
+def test_grouped_heads_are_exact_whichever_side_travels_in_the_backward(kv_heads):
+    exact_ring(on_gpu(150, 8, kv_heads, layout="zigzag", options=dict(causal=True)), 3)
+
+
+def test_cross_attention_of_unequal_lengths_is_exact():
+    exact_ring(on_gpu(40, keys=100), 3)
+
+
+@pytest.mark.parametrize("head_dim", [33, 128, 256])
+def test_other_head_dims_are_exact(head_dim):
+    exact_ring(on_gpu(300, 2, 1, head_dim, layout="striped", options=dict(causal=True)), 2)
+
+
+def test_the_error_does_not_grow_with_the_number_of_workers():
+    def error(num_ranks):
+        case = on_gpu(2048, 2, 1, options=dict(causal=True), layout="zigzag")
+        q, k, v, *_ = case.tensors()
+        exact, _ = attention(q, k, v, case.seen(), case.scale)
+        return relative_error(run_local(ring, num_ranks, case, timeout=TIMEOUT_S)[0]["out"], exact)
+
+    alone = error(1)
+    for num_ranks in (2, 8):
+        assert error(num_ranks) <= 1.1 * alone
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_runs_give_the_same_bits(layout):
+    case = on_gpu(1000, layout=layout, options=dict(causal=True))
+    first, second = (run_local(ring, 4, case, timeout=TIMEOUT_S)[0] for _ in range(2))
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def late(case: Case, cycles: int):
+    """The same tensors, which the GPU comes to make only after a while."""
+
+    class Late(Case):
+        def tensors(self):
+            made = super().tensors()
+            torch.cuda._sleep(cycles)
+            return [x.clone() for x in made]
+
+    return Late(**vars(case))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 5])
+@pytest.mark.parametrize("options", [dict(causal=True), {}], ids=str)
+def test_streams_that_run_far_apart_give_the_same_bits(options, num_ranks, monkeypatch):
+    """Every rank's stream is slow at other places: who reads before the other has written shows it."""
+    case = on_gpu(500, layout="zigzag", options=options)
+    calm = exact_ring(case, num_ranks)
+    launch, slowness = triton_kernel._launch, threading.local()
+
+    def slow(*args, **kwargs):
+        rank = int(threading.current_thread().name.rpartition("-")[2])
+        slowness.turn = getattr(slowness, "turn", rank) + 1
+        torch.cuda._sleep(1_000_000 * (slowness.turn * (rank + 1) % 7))  # to 4 ms
+        launch(*args, **kwargs)
+        torch.cuda._sleep(1_000_000 * (slowness.turn % 3))
+
+    monkeypatch.setattr(triton_kernel, "_launch", slow)
+    for cycles in (0, 20_000_000):
+        found = run_local(ring, num_ranks, late(case, cycles), timeout=TIMEOUT_S)
+        for name, x in calm.items():
+            assert all(torch.equal(x, other[name]) for other in found), name
+
+
+def test_inputs_may_be_overwritten_as_soon_as_a_call_returns():
+    case = on_gpu(256, options=dict(causal=True))
+    q, k, v, *_ = case.tensors()
+
+    def work(group):
+        mine = [ringspan.shard(x, 2) for x in (q, k, v)]
+        if group.rank() % 2:
+            torch.cuda._sleep(50_000_000)
+        out = ringspan.ring_attention(*mine, causal=True)
+        for x in mine:
+            x.fill_(torch.nan)
+        return ringspan.unshard(out, 2)
+
+    calm = run_local(ring, 4, case, timeout=TIMEOUT_S)[0]["out"]
+    for found in run_local(work, 4, timeout=TIMEOUT_S):
+        assert torch.equal(found, calm)
+
+
+def test_workers_on_different_device_types_are_told():
+    def work(group):
+        q, k, v = torch.randn(3, 1, 2, 40, 64, device=DEVICE if group.rank() else "cpu").unbind()
+        with pytest.raises(ringspan.DisagreementError, match="device type"):
+            ringspan.ring_attention(q, k, v)
+
+    run_local(work, 2, timeout=TIMEOUT_S)
+
+
+# SPMD entries
+
+
+@pytest.mark.parametrize(("causal", "striped"), MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_spmd_entries_are_exact_on_gpu_tensors(dtype, causal, striped):
+    case = Spmd(256, 4, h=4, h_kv=2, d=64, causal=causal, striped=striped, dtype=dtype, device=DEVICE)
+    case.check(run_local(both, 4, case, timeout=TIMEOUT_S))
+
+
+def test_packed_documents_of_the_spmd_entries_are_exact_on_gpu_tensors():
+    lengths, b, h = [4, 100, 8, 60], 2, 3
+    low, high, same = documents(lengths, 4, b, h)
+    case = Spmd(sum(lengths) // 4, 4, b, h, d=64, causal=True, striped=True, device=DEVICE)
+
+    def work(group):
+        bounds = dict(bound_min=torch.from_numpy(low).to(DEVICE), bound_max=torch.from_numpy(high).to(DEVICE))
+        o, lse = case.forward(group.rank(), training=True, **bounds)
+        return o, lse, case.backward(group.rank(), o, lse, **bounds)
+
+    case.check(run_local(work, 4, timeout=TIMEOUT_S), case.mask & same.to(DEVICE))
+
+
+# torch.distributed
+
+
+def alone_in_its_group(rank):
+    """As docs/gpus.md has it: the GPU is the default device. A call, forward and backward; then the same in a graph."""
+    if DEVICE == "cuda":
+        torch.cuda.set_device(rank)
+    torch.set_default_device(DEVICE)
+    for options in (dict(causal=True), dict(cu_seqlens=[0, 100, 257])):
+        case = on_gpu(257, layout="zigzag", options=options)
+        check(case, ring(None, case))
+    if DEVICE == "cuda":
+        with torch.no_grad():
+            captured_is_called(dict(causal=True, layout="zigzag"))
+    return True
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_a_group_of_one_with_nccl_is_exact(backend):
+    assert results(run_processes(alone_in_its_group, 1, backend=backend)) == [True]
+
+
+def refused(rank, words):
+    q, k, v = torch.randn(3, 1, 2, 64, 64, device=DEVICE).unbind()
+    with pytest.raises(ringspan.RingspanError, match=words) as caught:
+        ringspan.ring_attention(q, k, v)
+    return type(caught.value).__name__
+
+
+def refused_and_goes_on(rank, words):
+    refused(rank, words)
+    q, k, v = torch.randn(3, 1, 2, 64, 64).unbind()
+    return tuple(ringspan.ring_attention(q, k, v).shape)
+
+
+def test_a_group_of_gloo_alone_refuses_gpu_tensors_on_every_rank_and_still_serves_others():
+    words = r"cannot send tensors that are on cuda(.|\n)*gloo(.|\n)*cuda:nccl"
+    assert results(run_processes(refused_and_goes_on, 2, words)) == [(1, 2, 64, 64)] * 2
+
+
+def test_two_ranks_on_one_gpu_are_refused_by_nccl_and_told():
+    ended = run_processes(refused, 2, r"rank \d gave up waiting for", backend="cpu:gloo,cuda:nccl", limit_s=90)
+    # Not how the processes end: NCCL may not let go of a group that it refused.
+    assert [ending.value for ending in ended] == ["RankFailedError"] * 2, [ending.trace or ending for ending in ended]
+
+
+# CUDA graphs
+
+
+def captured_is_called(options):
+    """A captured call, replayed over new inputs, gives the bits of the call itself."""
+    q, k, v = (torch.randn(1, heads, 2048, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    ringspan.ring_attention(q, k, v, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = ringspan.ring_attention(q, k, v, return_lse=True, **options)
+    for _ in range(2):
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected = ringspan.ring_attention(q, k, v, return_lse=True, **options)
+        for name, mine, exact in zip(("out", "lse"), (out, lse), expected, strict=True):
+            assert torch.equal(mine, exact), f"{name}: {(mine.float() - exact.float()).abs().max()}"
+
+
+@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window_size=(100, 30))], ids=str)
+def test_a_captured_call_serves_new_inputs(options):
+    with torch.no_grad():
+        captured_is_called(options)
+
+
+def test_forward_and_backward_are_captured_together():
+    def step():
+        out = ringspan.ring_attention(q, k, v, causal=True)
+        return out, *torch.autograd.grad(out, (q, k, v), do)
+
+    shapes = [(1, heads, 300, 64) for heads in (4, 2, 2)]
+    q, k, v = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_() for shape in shapes)
+    do = torch.randn_like(q)
+    side = torch.cuda.Stream()  # as torch's own documentation has it for a backward
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        for x in (q, k, v):
+            x.copy_(torch.randn_like(x))
+    graph.replay()
+    for name, mine, exact in zip(("out", "dq", "dk", "dv"), found, step(), strict=True):
+        assert torch.equal(mine, exact), f"{name}: {(mine.float() - exact.float()).abs().max()}"
+
+
+def capture_documents(rank):
+    q, k, v = torch.randn(3, 1, 2, 300, 64, device=DEVICE, dtype=torch.bfloat16).unbind()
+    call = lambda: ringspan.ring_attention(q, k, v, cu_seqlens=[0, 100, 300])  # noqa: E731
+    before = call()
+    with (
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+        pytest.raises(ringspan.UnsupportedError, match="cannot be captured into a CUDA graph"),
+    ):
+        call()
+    assert torch.equal(call(), before), "and goes on"
+    return True
+
+
+def capture_threads(rank):
+    x = torch.randn(1, 2, 300, 64, device=DEVICE, dtype=torch.bfloat16)
+    call = lambda: run_local(lambda group: ringspan.ring_attention(x, x, x), 2, timeout=TIMEOUT_S)  # noqa: E731
+    before = call()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.mul(2)  # or torch warns of an empty graph
+        with pytest.raises(ringspan.UnsupportedError, match="ring of threads cannot be captured"):
+            call()
+    assert torch.equal(call()[0], before[0]), "and goes on"
+    return True
+
+
+@pytest.mark.parametrize("refusal", [capture_documents, capture_threads])
+def test_what_a_graph_would_not_repeat_is_refused(refusal):
+    # In a process of its own: a capture that failed may leave CUDA useless to the tests that follow.
+    assert results(run_processes(refusal, 1)) == [True]
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_call_is_one_graph_and_gives_the_results_of_the_plain_one(dtype):
+    def fn(q, k, v):
+        out = ringspan.ring_attention(q * 2, k, v, causal=True)
+        return (out * 3).float().sum(-1)
+
+    shapes = [(1, heads, 200, 64) for heads in (4, 2, 2)]
+    inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
+    weight = torch.randn(1, 4, 200, device=DEVICE)
+    found = []
+    with torch._inductor.config.patch(compile_threads=1):
+        for call in (fn, torch.compile(fn, fullgraph=True)):
+            out = call(*inputs)
+            found.append([out, *torch.autograd.grad(out, inputs, weight)])
+    for name, plain, compiled in zip(("out", "dq", "dk", "dv"), *found, strict=True):
+        torch.testing.assert_close(compiled, plain, msg=lambda told, name=name: f"{name}: {told}")
+
+
+# Which kernel serves, and what is refused
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "causal", "dtype", "taken"),
+    [
+        (1, False, torch.bfloat16, ["cudnn"]),
+        (2, False, torch.bfloat16, []),
+        (1, True, torch.bfloat16, []),
+        (1, False, torch.float32, []),
+    ],
+)
+def test_auto_takes_a_library_only_where_one_full_tile_is_all_that_rows_see(
+    num_workers, causal, dtype, taken, monkeypatch
+):
+    calls: list[str] = []
+    libraries = [counting(library, calls) for library in LIBRARIES]
+    kernel = TorchCuda(table.TRITON, libraries, choose=lambda *_: "cudnn")
+    monkeypatch.setattr(table, "FOR_AN_ONLY_TILE", (kernel,))
+    exact_ring(on_gpu(1100, dtype=dtype, options=dict(causal=causal)), num_workers)
+    assert calls == taken
+
+
+def test_a_kernel_asked_for_by_name_refuses_what_it_cannot_serve():
+    for dtype, head_dim, reason in (
+        (torch.float64, 64, "triton: its arithmetic is float32, torch.float64 needs more"),
+        (torch.bfloat16, 257, "triton: it serves head_dim up to 256, not 257"),
+    ):
+        x = torch.randn(1, 1, 8, head_dim, device=DEVICE, dtype=dtype)
+        with pytest.raises(ringspan.UnsupportedError, match=reason):
+            ringspan.ring_attention(x, x, x, kernel="triton")
+        ringspan.ring_attention(x, x, x)
+    for kernel in ("native", "torch_ops"):
+        x = torch.randn(1, 1, 8, 64, device=DEVICE)
+        with pytest.raises(ringspan.UnsupportedError, match=f"{kernel}:"):
+            ringspan.ring_attention(x, x, x, kernel=kernel)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_tensors_on_several_devices_are_refused(place):
+    tensors = [torch.zeros(1, 1, 4, 64, device=DEVICE) for _ in range(3)]
+    tensors[place] = tensors[place].cpu()
+    with pytest.raises(ringspan.ArgumentTypeError, match="share one device"):
+        ringspan.ring_attention(*tensors)
+
+
+def test_under_autocast_attention_runs_in_its_dtype():
+    q, k, v = (torch.randn(1, 2, 200, 64, device=DEVICE, requires_grad=True) for _ in range(3))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = ringspan.ring_attention(q, k.bfloat16(), v, causal=True)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+    rounded = [x.detach().bfloat16() for x in (q, k, v)]
+    assert torch.equal(out, ringspan.ring_attention(*rounded, causal=True))
+
+
+def test_doctor_tells_what_this_gpu_can_use():
+    for package in ("rich", "typer", "safetensors"):
+        pytest.importorskip(package)
+    from command_line import command
+
+    ended = command("doctor")
+    assert ended.status == 0, ended.err
+    assert torch.cuda.get_device_name() in ended.out
+    assert re.search(r"^ *triton +✗ +✗ +✓ +✓", ended.out, re.MULTILINE), ended.out
+    assert re.search(r"torch_dist +nccl +✓", ended.out), ended.out

@@ -1,0 +1,215 @@
+"""The kernels that serve GPUs, on one: the behaviour suite for Triton's, torch's cuDNN and flash, and the reference."""
+
+import pytest
+import torch
+from gpu import DEVICE, counting
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import kernel_behaviour
+from definition import attention, relative_error, seen_by_intervals
+from kernel_behaviour import FLOATS, VISIBLE, KernelBehaviour, assert_forward_exact, backward, forward, make_tile
+from triton_tiles import SMALL, state_of
+
+from ringspan.kernels import table
+from ringspan.kernels.measured import OWN
+from ringspan.kernels.reference import Reference
+from ringspan.kernels.torch_cuda import LIBRARIES, Library, TorchCuda
+from ringspan.kernels.triton_kernel import Triton
+from ringspan.kernels.triton_merge import merge_normalised_
+from ringspan.state import SoftmaxState
+from ringspan.tile import RowIntervals
+
+HALVES = (torch.bfloat16, torch.float16)
+CUDNN, FLASH = LIBRARIES
+
+
+@pytest.fixture(autouse=True)
+def on_the_gpu():
+    with torch.device(DEVICE):
+        yield
+
+
+class TestTriton(KernelBehaviour):
+    kernel = Triton()
+    dtypes = (torch.float32, *HALVES)
+    # Every head_dim, storage and length that is new is compiled anew, for seconds.
+    head_dims = (3, 64, 128, 256)
+    refuses = ((torch.float64, DEVICE, 64), (torch.float32, "meta", 64), (torch.float32, DEVICE, 257))
+    rounds_weights = True
+    one_in = 7
+    device = DEVICE
+
+    @pytest.mark.slow
+    def test_it_is_exact_for_whatever_comes(self):
+        super().test_it_is_exact_for_whatever_comes()
+
+
+class TestReference(KernelBehaviour):
+    """What serves float64 on GPUs, and all that the others decline."""
+
+    kernel = Reference()
+    dtypes = FLOATS
+    one_in = 13
+    device = DEVICE
+
+    @pytest.mark.slow
+    def test_it_is_exact_for_whatever_comes(self):
+        super().test_it_is_exact_for_whatever_comes()
+
+
+def forced(library: Library, own=None, fewest: int = 64) -> TorchCuda:
+    """That library for every tile it can serve, whatever was measured; small ones too."""
+    return TorchCuda(
+        own or Reference(),
+        (library,),
+        choose=lambda capability, dtype, head_dim, num_keys, able: library.name if able else OWN,
+        fewest=fewest,
+    )
+
+
+class OfALibrary(KernelBehaviour):
+    dtypes = HALVES
+    head_dims = (8, 64, 128)
+    refuses = ((torch.float32, DEVICE, 64), (torch.bfloat16, "cpu", 64), (torch.bfloat16, DEVICE, 100))
+    rounds_weights = True
+    device = DEVICE
+
+    @pytest.fixture(autouse=True)
+    def only_where_a_library_may_serve(self, request):
+        # All other kinds are our own kernel's, which has a suite of its own.
+        kind = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kind", "full")
+        if kind not in (None, "full"):
+            pytest.skip("never a library's")
+
+    def check(self, tile) -> None:  # backward is our own kernel's
+        assert_forward_exact(tile, *forward(self.kernel, tile), self.rounds_weights)
+
+    @pytest.fixture(autouse=True)
+    def row_constants_of_the_ring(self, monkeypatch):
+        # The suite wants delta from an `out` that was not rounded; this kernel's partial results are.
+        of = kernel_behaviour.row_constants
+        monkeypatch.setattr(kernel_behaviour, "row_constants", lambda kernel, tile: of(Reference(), tile))
+
+    def test_it_serves_what_it_declares_and_refuses_the_rest(self):
+        here = torch.device(DEVICE)
+        assert all(self.kernel.declines(dtype, here, dim) is None for dtype in HALVES for dim in self.head_dims)
+        for dtype, device, dim in self.refuses:
+            assert self.kernel.declines(dtype, torch.device(device), dim), (dtype, device, dim)
+
+
+class TestCudnn(OfALibrary):
+    kernel = forced(CUDNN)
+
+
+class TestFlash(OfALibrary):
+    kernel = forced(FLASH)
+    head_dims = (8, 64, 128, 256)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 128)])
+def test_each_library_serves_full_tiles_that_are_large_enough(library, dtype, heads, kv_heads, dim):
+    tile = make_tile(RowIntervals(300, 1100), batch=2, heads=heads, kv_heads=kv_heads, dim=dim, dtype=dtype)
+    calls: list[str] = []
+    out, lse = forward(forced(counting(library, calls), fewest=256), tile)
+    assert_forward_exact(tile, out, lse, rounds_weights=True)
+    assert calls == [library.name]
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_heads_that_lie_behind_tokens_are_read_in_place(library):
+    """[B, T, H, D] in memory, as most models have it."""
+    tile = make_tile(RowIntervals(300, 300), batch=2, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)
+    strided = {name: getattr(tile, name).transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "k", "v")}
+    calls: list[str] = []
+    out, lse = forward(forced(counting(library, calls)), tile._replace(**strided))
+    assert_forward_exact(tile, out, lse, rounds_weights=True)
+    assert calls == [library.name]
+
+
+# What only a GPU's compiler makes of the kernels
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "window", "causal documents"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_tile_of_many_blocks_is_exact(dtype, kind):
+    """The suite's tiles have few blocks of the size that GPUs take: here the loops over whole ones are long."""
+    tile = make_tile(VISIBLE[kind](1300, 1500), heads=2, dim=128, dtype=dtype)
+    kernel = Triton()
+    assert_forward_exact(tile, *forward(kernel, tile), rounds_weights=True)
+    kernel_behaviour.assert_backward_exact(tile, backward(kernel, tile), rounds_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kind"), [("wide", "window"), ("wide", "any intervals of each head"), ("tall", "diagonal")]
+)
+def test_blocks_of_any_shape_find_the_same_pairs(blocks, kind):
+    tile = make_tile(VISIBLE[kind](70, 90), heads=4, kv_heads=2, dim=16)
+    tile = tile._replace(visible=tile.visible.heads(slice(0, 1), slice(0, 4)))
+    for mine, exact in zip(forward(SMALL[blocks], tile), forward(Reference(), tile), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-5, atol=1e-5)
+    for mine, exact in zip(backward(SMALL[blocks], tile), backward(Reference(), tile), strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_more_than_2_to_the_31_elements_are_addressed():
+    num_rows, dim = (1 << 24) + 70, 128  # of q alone, 4 GiB
+    q = torch.zeros(1, 1, num_rows, dim, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 1, 1, 40, dim).to(torch.bfloat16).unbind()
+    last = slice(num_rows - 64, num_rows)
+    q[:, :, last] = torch.randn(1, 1, 64, dim).to(torch.bfloat16)
+    state = SoftmaxState.empty(q)
+    Triton().absorb(state, q, k, v, RowIntervals(num_rows, 40), dim**-0.5)
+    out, _ = state.select(last).finalize(q.dtype)
+    exact, _ = attention(q[:, :, last], k, v, seen_by_intervals(RowIntervals(64, 40)), dim**-0.5)
+    assert relative_error(out, exact) <= 2.5e-3
+    first, _ = state.select(slice(0, 64)).finalize(q.dtype)  # scores of 0: the mean of v
+    assert relative_error(first, v.double().mean(2, keepdim=True).expand(1, 1, 64, dim)) <= 2.5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dim", [3, 128])
+def test_the_fused_merge_is_the_states_own(dtype, dim):
+    mine = state_of(70, dim, blind=slice(0, 20))
+    expected = SoftmaxState(mine.acc.clone(), mine.row_max.clone(), mine.row_sum.clone())
+    out, lse = torch.randn(2, 3, 70, dim).to(dtype), torch.randn(2, 3, 70)
+    out[:, :, 10:30], lse[:, :, 10:30] = 0.0, -torch.inf
+    merge_normalised_(mine, out, lse)
+    expected.merge_(out, lse)
+    for name in ("acc", "row_max", "row_sum"):
+        found = getattr(mine, name)
+        torch.testing.assert_close(found, getattr(expected, name), rtol=1e-6, atol=1e-6)
+        assert not found.isnan().any()
+
+
+# Which one serves
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "name"),
+    [
+        (torch.bfloat16, 64, "triton"),
+        (torch.float16, 100, "triton"),
+        (torch.float32, 256, "triton"),
+        (torch.float64, 64, "reference"),
+        (torch.bfloat16, 257, "reference"),
+    ],
+)
+def test_auto_takes_triton_on_a_gpu_where_it_can(dtype, head_dim, name):
+    assert table.choose("auto", dtype, torch.device(DEVICE), head_dim).name == name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "name"),
+    [
+        (torch.bfloat16, 64, "torch_cuda"),
+        (torch.float16, 256, "torch_cuda"),
+        (torch.bfloat16, 100, "triton"),
+        (torch.float32, 64, "triton"),
+        (torch.float64, 64, "reference"),
+    ],
+)
+def test_auto_takes_the_libraries_for_an_only_tile_in_16_bits(dtype, head_dim, name):
+    assert table.choose("auto", dtype, torch.device(DEVICE), head_dim, only_tile=True).name == name
