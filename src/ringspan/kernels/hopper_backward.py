@@ -253,6 +253,7 @@ def absorb_dkdv_kernel(
     factor,
     HEAD_DIM: gl.constexpr,
     BAND: gl.constexpr,
+    EARLY: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
@@ -295,8 +296,8 @@ def absorb_dkdv_kernel(
     descriptors = (q_descriptor, k_descriptor, v_descriptor, do_descriptor)
     gl.warp_specialize(
         [
-            (_pull_of_rows, (0, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND)),
-            (_pull_of_rows, (1, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND)),
+            (_pull_of_rows, (0, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND, EARLY)),
+            (_pull_of_rows, (1, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND, EARLY)),
             (_fetch_rows, (start, stop, heads, rule, batch, kv_head, descriptors, constants, inputs, BAND)),
         ],
         [4, 1],
@@ -354,7 +355,7 @@ def _fetch_rows(start, stop, heads, rule, batch, kv_head, descriptors, constants
 @gluon.jit
 def _pull_of_rows(
     group_member, start, stop, heads, rule, inputs, targets, flags, scale, factor,
-    HEAD_DIM: gl.constexpr, BAND: gl.constexpr,
+    HEAD_DIM: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One group's 64 keys: sum_i ds_ij q_i and sum_i p_ij do_i over all blocks of rows of all heads that read them.
 
@@ -390,10 +391,13 @@ def _pull_of_rows(
             weights = gl.exp2(gl.fma(scores, factor, -total[None, :]))
             intervals = (firsts.index(index % STAGES), lasts.index(index % STAGES))
             weights = _seen_of_rows(weights, first_key, row, rule, intervals, masked, ROWS, BAND, SCORES)
+            if not EARLY:
+                pulls = warpgroup_mma_wait(0, deps=(pulls,))
             weight = gl.convert_layout(weights.to(ks.dtype), PULLS)
             gradient_v = warpgroup_mma(weight, do, gradient_v, is_async=True)
             drop = drops.index(index % STAGES).load(gl.SliceLayout(0, SCORES))
-            pulls = warpgroup_mma_wait(1, deps=(pulls,))
+            if EARLY:
+                pulls = warpgroup_mma_wait(1, deps=(pulls,))
             d_scores = weights * (pulls - drop[None, :])
             d_scores = _seen_of_rows(d_scores, first_key, row, rule, intervals, masked, ROWS, BAND, SCORES)
             pull = gl.convert_layout(d_scores.to(ks.dtype), PULLS)

@@ -35,18 +35,23 @@ class Config(NamedTuple):
 
 
 class Configs(NamedTuple):
+    """None: not for such heads, whose gradients of keys and values do not fit the registers."""
+
     forward: Config
-    dq: Config
-    dkdv: Config
+    dq: Config | None
+    dkdv: Config | None
 
 
 # By head_dim, padded: the first that is not smaller.
 CONFIGS = {
-    64: Configs(Config(128, 2, 3, 128, 160), Config(128, 2, 2, 168, 240), Config(64, 3, 2, 168, 240)),
-    128: Configs(Config(128, 2, 2, 168, 240), Config(64, 2, 2, 168, 240), Config(64, 2, 2, 168, 240)),
+    64: Configs(Config(128, 2, 3, 128, 160), Config(64, 3, 2, 168, 240), Config(128, 2, 2, 168, 240)),
+    128: Configs(Config(128, 2, 2, 168, 240), Config(64, 3, 2, 168, 240), Config(64, 2, 2, 168, 240)),
+    256: Configs(Config(64, 2, 2, 168, 240), None, None),
 }
-LARGEST_HEAD_DIM = max(CONFIGS)
 _SMALLEST_HEAD_DIM = 40  # below, half a block of 64 would be padding
+
+
+EARLY = True
 
 
 @cache
@@ -60,16 +65,18 @@ def is_there() -> bool:
     return _VERSIONS[0] <= version <= _VERSIONS[1]
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
-    """Whether a tile can be theirs. others: further matrices to be read, as do."""
+def serves(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> bool:
+    """Whether a tile can be theirs. do: of a backward."""
+    matrices = (q, k, v) if do is None else (q, k, v, do)
     return (
         q.is_cuda
         and q.dtype.itemsize == 2
         and torch.cuda.get_device_capability(q.device) == _CAPABILITY
         and is_there()
         and min(q.shape[2], k.shape[2]) >= _FEWEST
-        and _SMALLEST_HEAD_DIM <= q.shape[-1] <= LARGEST_HEAD_DIM
-        and all(map(_is_ready, (q, k, v, *others)))
+        and _SMALLEST_HEAD_DIM <= q.shape[-1] <= max(CONFIGS)
+        and (do is None or configs(q.shape[-1])[1].dkdv is not None)
+        and all(map(_is_ready, matrices))
     )
 
 
@@ -139,33 +146,33 @@ def absorb_gradient(
     """Returns flags of dk and dv [B, K, key blocks of 64] and of dq [B, H, row blocks of 64], as absorb does."""
     from ringspan.kernels.hopper_backward import absorb_dkdv_kernel, absorb_dq_kernel
 
-    dims, chosen = configs(q.shape[-1])
+    dims, (_, for_dq, for_dkdv) = configs(q.shape[-1])
+    assert for_dq is not None and for_dkdv is not None, "serves says so"
     numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": q.shape[1] // k.shape[1]}
     numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | common(known)
     of_keys, of_rows = _flags(k), _flags(q)
     bounded = (lse, delta, known.lo, known.hi)
     strides = (lse.stride(), delta.stride(), known.strides)
 
-    config = chosen.dkdv
-    ranges, range_strides = known.ranges(config.groups * _GROUP_ROWS, config.block)
+    ranges, range_strides = known.ranges(for_dkdv.groups * _GROUP_ROWS, for_dkdv.block)
     _launch(
         absorb_dkdv_kernel,
-        config,
-        k.shape[0] * k.shape[1] * -(-k.shape[2] // (config.groups * _GROUP_ROWS)),
+        for_dkdv,
+        k.shape[0] * k.shape[1] * -(-k.shape[2] // (for_dkdv.groups * _GROUP_ROWS)),
         *(dk, dv),
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, config.block, _GROUP_ROWS)),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, for_dkdv.block, _GROUP_ROWS)),
         *(*bounded, ranges, of_keys),
         *(dk.stride(), dv.stride(), *strides, range_strides),
         num_kv_heads=k.shape[1],
+        EARLY=EARLY,
         **numbers,
     )
-    config = chosen.dq
     _launch(
         absorb_dq_kernel,
-        config,
-        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * _GROUP_ROWS)),
+        for_dq,
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (for_dq.groups * _GROUP_ROWS)),
         dq,
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, _GROUP_ROWS, config.block)),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, _GROUP_ROWS, for_dq.block)),
         *(*bounded, of_rows),
         *(dq.stride(), *strides),
         num_heads=q.shape[1],
