@@ -317,11 +317,12 @@ def test_what_a_graph_would_not_repeat_is_refused(refusal):
 # torch.compile
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, about torch itself
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_compiled_call_is_one_graph_and_gives_the_results_of_the_plain_one(dtype):
     def fn(q, k, v):
         out = ringspan.ring_attention(q * 2, k, v, causal=True)
-        return (out * 3).float().sum(-1)
+        return (out.float() * 3).sum(-1)  # in 16 bits a compiler rounds less often
 
     shapes = [(1, heads, 200, 64) for heads in (4, 2, 2)]
     inputs = [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
