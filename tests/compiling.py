@@ -45,7 +45,7 @@ def source(kernel, dtype: str, constants: dict, contiguous: bool) -> ASTSource:
             constexprs[(place,)] = constants[name]
         elif name in ("factor", "scale"):
             signature[name] = "fp32"
-        elif name in ("lo", "hi"):
+        elif name in ("lo", "hi", "flags"):
             signature[name] = "*i32"
         elif name in (*MATRICES, "row_max", "row_sum", "lse", "delta"):
             signature[name] = POINTERS[dtype] if name in GIVEN else "*fp32"
@@ -55,7 +55,15 @@ def source(kernel, dtype: str, constants: dict, contiguous: bool) -> ASTSource:
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def compile_for(architecture: int, name: str, dtype: str, head_dim: int, band: bool = True, contiguous: bool = True):
+def compile_for(
+    architecture: int,
+    name: str,
+    dtype: str,
+    head_dim: int,
+    band: bool = True,
+    contiguous: bool = True,
+    flagged: bool = False,
+):
     dims = triton.next_power_of_2(head_dim)
     capability = divmod(architecture, 10)
     if name == "merge":
@@ -64,7 +72,7 @@ def compile_for(architecture: int, name: str, dtype: str, head_dim: int, band: b
         dims = max(16, dims)
         config = getattr(configs(capability, dims, 4 if dtype == "f32" else 2), name)
     constants = {"HEAD_DIM": head_dim, "DIMS": dims, "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
-    constants |= {"BAND": band, "FLIPPED": False}
+    constants |= {"BAND": band, "FLIPPED": False, "FLAGGED": flagged}
     return config, triton.compile(
         source(KERNELS[name], dtype, constants, contiguous),
         target=GPUTarget("cuda", architecture, 32),

@@ -11,7 +11,7 @@ from definition import attention, relative_error, seen_by_intervals
 from kernel_behaviour import FLOATS, VISIBLE, KernelBehaviour, assert_forward_exact, backward, forward, make_tile
 from triton_tiles import SMALL, state_of
 
-from ringspan.kernels import table
+from ringspan.kernels import hopper_kernel, table
 from ringspan.kernels.measured import OWN
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.torch_cuda import LIBRARIES, Library, TorchCuda
@@ -31,6 +31,8 @@ def on_the_gpu():
 
 
 class TestTriton(KernelBehaviour):
+    """The general kernels, also where those for Hopper would serve."""
+
     kernel = Triton()
     dtypes = (torch.float32, *HALVES)
     # Every head_dim, storage and length that is new is compiled anew, for seconds.
@@ -39,6 +41,32 @@ class TestTriton(KernelBehaviour):
     rounds_weights = True
     one_in = 7
     device = DEVICE
+
+    @pytest.fixture(autouse=True)
+    def not_those_for_hopper(self, monkeypatch):
+        monkeypatch.setattr(hopper_kernel, "is_there", lambda: False)
+
+    @pytest.mark.slow
+    def test_it_is_exact_for_whatever_comes(self):
+        super().test_it_is_exact_for_whatever_comes()
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="needs a GPU of the Hopper kind")
+class TestHopper(KernelBehaviour):
+    """Those for Hopper wherever the copy engine can read, few rows and small heads too; the general ones elsewhere."""
+
+    kernel = Triton()
+    dtypes = (torch.float32, *HALVES)
+    head_dims = (8, 64, 100, 104, 128)
+    rounds_weights = True
+    one_in = 3
+    device = DEVICE
+
+    @pytest.fixture(autouse=True)
+    def for_every_tile_they_can_take(self, monkeypatch):
+        assert hopper_kernel.is_there(), "the kernels for Hopper do not know this Triton"
+        monkeypatch.setattr(hopper_kernel, "_FEWEST", 1)
+        monkeypatch.setattr(hopper_kernel, "_SMALLEST_HEAD_DIM", 1)
 
     @pytest.mark.slow
     def test_it_is_exact_for_whatever_comes(self):
@@ -132,14 +160,46 @@ def test_heads_that_lie_behind_tokens_are_read_in_place(library):
 # What only a GPU's compiler makes of the kernels
 
 
-@pytest.mark.parametrize("kind", ["full", "diagonal", "window", "causal documents"])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "window", "causal documents", "any intervals of each head"])
+@pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_tile_of_many_blocks_is_exact(dtype, kind):
+@pytest.mark.parametrize("kernels", ["general", "those for this GPU"])
+def test_a_tile_of_many_blocks_is_exact(kernels, dtype, dim, kind, monkeypatch):
     """The suite's tiles have few blocks of the size that GPUs take: here the loops over whole ones are long."""
-    tile = make_tile(VISIBLE[kind](1300, 1500), heads=2, dim=128, dtype=dtype)
+    if kernels == "general":
+        monkeypatch.setattr(hopper_kernel, "is_there", lambda: False)
+    tile = make_tile(VISIBLE[kind](1300, 1500), batch=2, heads=4, kv_heads=2, dim=dim, dtype=dtype)
     kernel = Triton()
     assert_forward_exact(tile, *forward(kernel, tile), rounds_weights=True)
     kernel_behaviour.assert_backward_exact(tile, backward(kernel, tile), rounds_weights=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("kind", ["diagonal", "documents"])
+def test_a_hidden_nan_reaches_nobody(kind, dtype):
+    """Of many blocks, as above: those of the GPU's own kernels too, which leave such blocks to the careful ones."""
+    tile = make_tile(VISIBLE[kind](700, 700), dim=128, dtype=dtype)
+    seen = seen_by_intervals(tile.visible)
+    kernel, key, row = Triton(), 500, 100
+    clean_out, clean_lse = forward(kernel, tile, torch.float32)
+    lse, delta = kernel_behaviour.row_constants(kernel, tile)
+    clean = backward(kernel, tile, lse, delta)
+    k, v, q, do = (x.clone() for x in (tile.k, tile.v, tile.q, tile.do))
+    k[:, :, key], v[:, :, key] = torch.nan, torch.inf
+    out, lse_of_nan = forward(kernel, tile._replace(k=k, v=v), torch.float32)
+    reached = seen[:, key]
+    torch.testing.assert_close(out[:, :, ~reached], clean_out[:, :, ~reached], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(lse_of_nan[:, :, ~reached], clean_lse[:, :, ~reached])
+    assert out[:, :, reached].isnan().all() and lse_of_nan[:, :, reached].isnan().all()
+    dq, _, _ = backward(kernel, tile._replace(k=k, v=v), lse, delta)
+    torch.testing.assert_close(dq[:, :, ~reached], clean[0][:, :, ~reached], rtol=1e-2, atol=1e-3)
+    assert dq[:, :, reached].isnan().all()
+    q[:, :, row], do[:, :, row] = torch.nan, torch.inf
+    _, dk, dv = backward(kernel, tile._replace(q=q, do=do), lse, delta)
+    reached = seen[row]
+    for mine, expected in ((dk, clean[1]), (dv, clean[2])):
+        torch.testing.assert_close(mine[:, :, ~reached], expected[:, :, ~reached], rtol=1e-2, atol=1e-3)
+        assert mine[:, :, reached].isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def absorb_dq_kernel(
     delta,
     lo,
     hi,
+    flags,
     dq_strides,
     q_strides,
     k_strides,
@@ -65,12 +66,16 @@ def absorb_dq_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
+    FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dq [B, H, T, D] float32 in place. The rest as absorb_kernel has it; factor: scale * log2(e), of any sign."""
     num_blocks = tl.cdiv(num_rows, ROWS)
     start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * ROWS
     batch, head = tl.program_id(0) // num_blocks // num_heads, tl.program_id(0) // num_blocks % num_heads
+    if FLAGGED:
+        if tl.load(flags + tl.program_id(0) // num_blocks * num_blocks + start // ROWS) == 0:
+            return
     row = start + tl.arange(0, ROWS)
     bounds = batch.to(tl.int64) * bound_strides[0] + head.to(tl.int64) * bound_strides[1]
     first, last = seen_keys(lo + bounds, hi + bounds, bound_strides[2], row, num_rows, num_keys, lower, upper, BAND)
@@ -86,14 +91,15 @@ def absorb_dq_kernel(
     log2_total, drop = _row_constants(lse, delta, lse_strides, delta_strides, row, num_rows)
     gradient = _sweep_keys(
         block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
-    if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
-        gradient = _sweep_keys(
-            block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-            k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
-        )  # fmt: skip
+    if not FLAGGED:
+        if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
+            gradient = _sweep_keys(
+                block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
+                k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+            )  # fmt: skip
     _add_to(dq, gradient * scale, batch, head, start, num_rows, dq_strides, ROWS, DIMS, HEAD_DIM)
 
 
@@ -156,6 +162,8 @@ def absorb_dkdv_kernel(
     delta,
     lo,
     hi,
+    ranges,
+    flags,
     dk_strides,
     dv_strides,
     q_strides,
@@ -165,6 +173,7 @@ def absorb_dkdv_kernel(
     lse_strides,
     delta_strides,
     bound_strides,
+    range_strides,
     num_kv_heads,
     group,
     num_rows,
@@ -178,6 +187,7 @@ def absorb_dkdv_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
+    FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dk, dv [B, K, S, D] float32 in place. Grid: key blocks times key heads times batch entries."""
@@ -185,20 +195,24 @@ def absorb_dkdv_kernel(
     start = tl.program_id(0) % num_blocks * KEYS
     stop = tl.minimum(start + KEYS, num_keys)
     batch, kv_head = tl.program_id(0) // num_blocks // num_kv_heads, tl.program_id(0) // num_blocks % num_kv_heads
+    if FLAGGED:
+        if tl.load(flags + tl.program_id(0)) == 0:
+            return
     k, v = of_head(k, batch, kv_head, k_strides), of_head(v, batch, kv_head, v_strides)
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
     gradient_k, gradient_v, touched, partial = _sweep_rows(
-        q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-        q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=False,
+        q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
+        q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
+        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
-    if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
-        gradient_k, gradient_v, touched, partial = _sweep_rows(
-            q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-            q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-            HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
-        )  # fmt: skip
+    if not FLAGGED:
+        if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
+            gradient_k, gradient_v, touched, partial = _sweep_rows(
+                q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows,
+                num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper,
+                factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
+            )  # fmt: skip
     if touched > 0:
         _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
         _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, DIMS, HEAD_DIM)
@@ -206,8 +220,8 @@ def absorb_dkdv_kernel(
 
 @triton.jit
 def _sweep_rows(
-    q, block_k, block_v, do, lse, delta, lo, hi, batch, kv_head, start, stop, group, num_rows, num_keys,
-    q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
+    q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
+    q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
@@ -224,8 +238,9 @@ def _sweep_rows(
         if BAND:
             begin, full_begin, full_end, end = _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS)
         else:
-            begin, end = _row_blocks(my_lo, my_hi, bound_strides[2], start, stop, num_rows, num_keys, ROWS)
-            full_begin, full_end = end, end
+            mine = ranges + batch.to(tl.int64) * range_strides[0] + head.to(tl.int64) * range_strides[1]
+            mine += start // KEYS * range_strides[2]
+            begin, full_begin, full_end, end = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2), tl.load(mine + 3)
         my_q, my_do = of_head(q, batch, head, q_strides), of_head(do, batch, head, do_strides)
         my_lse, my_delta = of_head(lse, batch, head, lse_strides), of_head(delta, batch, head, delta_strides)
         if CAREFUL:
@@ -296,19 +311,6 @@ def _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS: tl.constexpr)
     full_end = tl.minimum(tl.maximum(start - lower + 1, 0), num_rows) // ROWS
     none = full_begin >= full_end
     return begin, tl.where(none, end, full_begin), tl.where(none, end, full_end), end
-
-
-@triton.jit
-def _row_blocks(lo, hi, stride, start, stop, num_rows, num_keys, ROWS: tl.constexpr):
-    """(begin, end) of the row blocks that see some of the keys start..stop."""
-    begin, end = tl.cdiv(num_rows, ROWS), 0
-    for block in range(tl.cdiv(num_rows, ROWS)):
-        row = block * ROWS + tl.arange(0, ROWS)
-        first, last = seen_keys(lo, hi, stride, row, num_rows, num_keys, 0, 0, False)
-        sees = tl.max(((first < stop) & (last > start)).to(tl.int32), 0) == 1
-        begin = tl.where(sees, tl.minimum(begin, block), begin)
-        end = tl.where(sees, block + 1, end)
-    return begin, end
 
 
 @triton.jit

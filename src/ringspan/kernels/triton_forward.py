@@ -43,6 +43,7 @@ def absorb_kernel(
     v,
     lo,
     hi,
+    flags,
     acc_strides,
     max_strides,
     sum_strides,
@@ -63,17 +64,22 @@ def absorb_kernel(
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
     FLIPPED: tl.constexpr,
+    FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """acc [B, H, T, D], row_max, row_sum [B, H, T] float32, in place; q [B, H, T, D], k, v [B, K, S, D] of one dtype.
 
     BAND: row i sees i + lower <= key < i + upper; else lo, hi (int32) by bound_strides (B, H, T).
     factor: |scale| * log2(e), never 0; FLIPPED: scale < 0. Grid: row blocks times heads times batch entries.
+    FLAGGED: only what flags [B, H, row blocks] says, and carefully, as hopper_forward leaves it.
     """
     num_blocks = tl.cdiv(num_rows, ROWS)
     # Under a causal mask the last rows have most to do: they come first, so that none of them ends alone.
     start = (num_blocks - 1 - tl.program_id(0) % num_blocks) * ROWS
     batch, head = tl.program_id(0) // num_blocks // num_heads, tl.program_id(0) // num_blocks % num_heads
+    if FLAGGED:
+        if tl.load(flags + tl.program_id(0) // num_blocks * num_blocks + start // ROWS) == 0:
+            return
     row = start + tl.arange(0, ROWS)
     bounds = batch.to(tl.int64) * bound_strides[0] + head.to(tl.int64) * bound_strides[1]
     first, last = seen_keys(lo + bounds, hi + bounds, bound_strides[2], row, num_rows, num_keys, lower, upper, BAND)
@@ -93,14 +99,15 @@ def absorb_kernel(
 
     numerator, total, peak = _sweep(
         acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
-        row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=False,
+        row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
-    if has_nan(numerator) & (full_begin - begin + end - full_end > 0):
-        numerator, total, peak = _sweep(
-            acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
-            row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
-        )  # fmt: skip
+    if not FLAGGED:
+        if has_nan(numerator) & (full_begin - begin + end - full_end > 0):
+            numerator, total, peak = _sweep(
+                acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
+                row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+            )  # fmt: skip
 
     peak, loss = _in_nats(peak)
     # Rows that see nothing keep every bit.

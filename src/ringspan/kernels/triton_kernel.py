@@ -9,13 +9,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ringspan.errors import UnsupportedError, explain
+from ringspan.kernels import hopper_kernel
 from ringspan.kernels.contract import TileByTile
-from ringspan.kernels.triton_configs import Config, Configs, configs
+from ringspan.kernels.triton_bounds import Bounds, bounds, common
+from ringspan.kernels.triton_configs import FLAGGED, Config, Configs, configs
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
 
@@ -50,25 +50,46 @@ class Triton(TileByTile):
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
         if visible.kind is Kind.EMPTY or not q.shape[0]:
             return
+        factor = max(abs(scale) * math.log2(math.e), _SMALLEST_FACTOR)
+        known, flags = bounds(visible, q.device), None
+        if scale >= 0 and hopper_kernel.serves(q, k, v):
+            flags = hopper_kernel.absorb(state, q, k, v, known, factor)
+            if flags is None:
+                return
+        self._absorb(state, q, k, v, known, factor, scale < 0, flags)
+
+    def _absorb(
+        self,
+        state: SoftmaxState,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        known: Bounds,
+        factor: float,
+        flipped: bool,
+        flags: Tensor | None,
+    ) -> None:
+        """flags: the only blocks to be taken in, and carefully."""
         from ringspan.kernels.triton_forward import absorb_kernel
 
-        config = self._configs_for(q).forward
-        lo, hi, bound_strides, rule = _visibility(visible, q.device)
+        config = self._configs_for(q).forward if flags is None else FLAGGED
         tensors = (state.acc, state.row_max, state.row_sum, q, k, v)
         _launch(
             absorb_kernel,
             config,
             q.shape[0] * q.shape[1] * _blocks(q, config.rows),
             *tensors,
-            lo,
-            hi,
+            known.lo,
+            known.hi,
+            known.lo if flags is None else flags,
             *(x.stride() for x in tensors),
-            bound_strides,
+            known.strides,
             num_heads=q.shape[1],
             group=q.shape[1] // k.shape[1],
-            factor=max(abs(scale) * math.log2(math.e), _SMALLEST_FACTOR),
-            FLIPPED=scale < 0,
-            **rule,
+            factor=factor,
+            FLIPPED=flipped,
+            FLAGGED=flags is not None,
+            **common(known),
             **_sizes(q),
         )
 
@@ -88,23 +109,59 @@ class Triton(TileByTile):
     ) -> None:
         if visible.kind is Kind.EMPTY or not q.shape[0]:
             return
+        known, flags = bounds(visible, q.device), None
+        if hopper_kernel.serves(q, k, v, do):
+            flags = hopper_kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, known, scale)
+            if flags is None:
+                return
+        self._absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, known, scale, flags)
+
+    def _absorb_gradient(
+        self,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        do: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        known: Bounds,
+        scale: float,
+        flags: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """flags: the only blocks to be taken in, and carefully; of dk and dv, and of dq."""
         from ringspan.kernels.triton_backward import absorb_dkdv_kernel, absorb_dq_kernel
 
-        chosen = self._configs_for(q)
-        lo, hi, bound_strides, rule = _visibility(visible, q.device)
+        chosen = self._configs_for(q) if flags is None else Configs(FLAGGED, FLAGGED, FLAGGED)
+        of_keys, of_rows = (known.lo, known.lo) if flags is None else flags
         inputs = (q, k, v, do, lse, delta)
-        numbers = {"scale": scale, "factor": scale * math.log2(math.e)} | rule | _sizes(q)
-        group = q.shape[1] // k.shape[1]
-        for kernel, config, targets, along, heads in (
-            (absorb_dkdv_kernel, chosen.dkdv, (dk, dv), _blocks(k, chosen.dkdv.keys), {"num_kv_heads": k.shape[1]}),
-            (absorb_dq_kernel, chosen.dq, (dq,), _blocks(q, chosen.dq.rows), {"num_heads": q.shape[1]}),
-        ):
-            tensors = (*targets, *inputs)
-            strides = (x.stride() for x in tensors)
-            programs = targets[0].shape[0] * targets[0].shape[1] * along
-            _launch(
-                kernel, config, programs, *tensors, lo, hi, *strides, bound_strides, group=group, **heads, **numbers
-            )
+        numbers = {"scale": scale, "factor": scale * math.log2(math.e), "FLAGGED": flags is not None}
+        numbers |= {"group": q.shape[1] // k.shape[1]} | common(known) | _sizes(q)
+        bounded = (known.lo, known.hi)
+
+        tensors: tuple[Tensor, ...] = (dk, dv, *inputs)
+        ranges, range_strides = known.ranges(chosen.dkdv.keys, chosen.dkdv.rows)
+        _launch(
+            absorb_dkdv_kernel,
+            chosen.dkdv,
+            k.shape[0] * k.shape[1] * _blocks(k, chosen.dkdv.keys),
+            *(*tensors, *bounded, ranges, of_keys),
+            *(*(x.stride() for x in tensors), known.strides, range_strides),
+            num_kv_heads=k.shape[1],
+            **numbers,
+        )
+        tensors = (dq, *inputs)
+        _launch(
+            absorb_dq_kernel,
+            chosen.dq,
+            q.shape[0] * q.shape[1] * _blocks(q, chosen.dq.rows),
+            *(*tensors, *bounded, of_rows),
+            *(*(x.stride() for x in tensors), known.strides),
+            num_heads=q.shape[1],
+            **numbers,
+        )
 
     def _configs_for(self, q: Tensor) -> Configs:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
@@ -137,32 +194,6 @@ def _sizes(q: Tensor) -> dict[str, int]:
 
 def _blocks(x: Tensor, length: int) -> int:
     return -(-x.shape[2] // length)
-
-
-def _visibility(visible: RowIntervals, device: torch.device) -> tuple[Any, Any, tuple[int, int, int], dict[str, Any]]:
-    """(lo, hi, their strides, the rule): a band costs two integers, other intervals one copy to the device."""
-    num_rows, num_keys = visible.num_rows, visible.num_keys
-    rule = {"num_rows": num_rows, "num_keys": num_keys, "lower": 0, "upper": 0, "BAND": visible.band is not None}
-    if visible.band is not None:
-        lower = -num_rows if visible.band.lower is None else visible.band.lower
-        upper = num_keys if visible.band.upper is None else visible.band.upper
-        lower, upper = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
-        none = torch.empty(0, dtype=torch.int32, device=device)
-        return none, none, (0, 0, 0), rule | {"lower": lower, "upper": upper}
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise UnsupportedError(
-            explain(
-                "this mask cannot be captured into a CUDA graph.",
-                got="rows that see other than a diagonal band: the copy of their intervals to the GPU is not repeated",
-                fix="capture calls without cu_seqlens and bounds, or run this one outside of the graph",
-            )
-        )
-    both = torch.from_numpy(np.stack(visible.arrays()).astype(np.int32))
-    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the host for it
-        both = both.pin_memory().to(device, non_blocking=True)
-    lo, hi = both
-    strides = lo.stride() if lo.ndim == 3 else (0, 0, lo.stride(0))
-    return lo, hi, strides, rule
 
 
 def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:

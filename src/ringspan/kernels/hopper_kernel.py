@@ -1,0 +1,209 @@
+"""Launches the kernels for Hopper: which calls they serve, in which blocks, and what is done anew after them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ringspan.kernels.triton_bounds import Bounds, common
+from ringspan.state import SoftmaxState
+
+# Gluon is an experimental part of Triton, whose names still change: these are the versions it was run or compiled with.
+_VERSIONS = ((3, 6), (3, 9))
+_CAPABILITY = (9, 0)  # the only one with wgmma
+_ALIGNMENT_BYTES = 16  # of the copy engine: where a matrix begins, and its strides
+_GROUP_ROWS = 64
+_FEWEST = 64  # rows and keys: fewer fill no group of warps
+_LARGEST_STRIDE = 2**40  # bytes
+
+
+class Config(NamedTuple):
+    """Keys (of dk, dv: rows) of a block, stages of the ring of buffers, groups of warps that multiply, and registers a
+    thread: at the launch, which all have the same, and then those of the groups that multiply."""
+
+    block: int
+    stages: int
+    groups: int
+    at_launch: int
+    registers: int
+
+
+class Configs(NamedTuple):
+    forward: Config
+    dq: Config
+    dkdv: Config
+
+
+# By head_dim, padded: the first that is not smaller.
+CONFIGS = {
+    64: Configs(Config(128, 2, 3, 128, 160), Config(128, 2, 2, 168, 240), Config(64, 3, 2, 168, 240)),
+    128: Configs(Config(128, 2, 2, 168, 240), Config(64, 2, 2, 168, 240), Config(64, 2, 2, 168, 240)),
+}
+LARGEST_HEAD_DIM = max(CONFIGS)
+_SMALLEST_HEAD_DIM = 40  # below, half a block of 64 would be padding
+
+
+@cache
+def is_there() -> bool:
+    """Whether this Triton is one of those that these kernels are known to work with."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    return _VERSIONS[0] <= version <= _VERSIONS[1]
+
+
+def serves(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> bool:
+    """Whether a tile can be theirs. others: further matrices to be read, as do."""
+    return (
+        q.is_cuda
+        and q.dtype.itemsize == 2
+        and torch.cuda.get_device_capability(q.device) == _CAPABILITY
+        and is_there()
+        and min(q.shape[2], k.shape[2]) >= _FEWEST
+        and _SMALLEST_HEAD_DIM <= q.shape[-1] <= LARGEST_HEAD_DIM
+        and all(map(_is_ready, (q, k, v, *others)))
+    )
+
+
+def _is_ready(x: Tensor) -> bool:
+    """Whether the copy engine can read x where it is."""
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    strides = [stride * x.element_size() for size, stride in outer if size > 1]
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % _ALIGNMENT_BYTES == 0
+        and x.shape[-1] * x.element_size() % _ALIGNMENT_BYTES == 0
+        and all(0 < stride < _LARGEST_STRIDE and stride % _ALIGNMENT_BYTES == 0 for stride in strides)
+    )
+
+
+def configs(head_dim: int) -> tuple[int, Configs]:
+    """(head_dim as blocks have it, their sizes)."""
+    return next((dims, chosen) for dims, chosen in CONFIGS.items() if head_dim <= dims)
+
+
+def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, known: Bounds, factor: float) -> Tensor | None:
+    """Of a positive factor, |scale| * log2(e). Returns flags [B, H, row blocks of 64], int32, where pairs are hidden:
+    1 for blocks that are left as they were, since what hidden values are may have reached them."""
+    from ringspan.kernels.hopper_forward import absorb_kernel
+
+    dims, chosen = configs(q.shape[-1])
+    config = chosen.forward
+    flags = _flags(q)
+    tensors = (state.acc, state.row_max, state.row_sum)
+    _launch(
+        absorb_kernel,
+        config,
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * _GROUP_ROWS)),
+        *tensors,
+        _descriptor(q, _GROUP_ROWS, dims),
+        _descriptor(k, config.block, dims),
+        _descriptor(v, config.block, dims),
+        known.lo,
+        known.hi,
+        flags,
+        *(x.stride() for x in tensors),
+        known.strides,
+        num_heads=q.shape[1],
+        group=q.shape[1] // k.shape[1],
+        hides=int(known.hides),
+        factor=factor,
+        HEAD_DIM=q.shape[-1],
+        GROUPS=config.groups,
+        **common(known),
+    )
+    return flags if known.hides else None
+
+
+def absorb_gradient(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    known: Bounds,
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """Returns flags of dk and dv [B, K, key blocks of 64] and of dq [B, H, row blocks of 64], as absorb does."""
+    from ringspan.kernels.hopper_backward import absorb_dkdv_kernel, absorb_dq_kernel
+
+    dims, chosen = configs(q.shape[-1])
+    numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": q.shape[1] // k.shape[1]}
+    numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | common(known)
+    of_keys, of_rows = _flags(k), _flags(q)
+    bounded = (lse, delta, known.lo, known.hi)
+    strides = (lse.stride(), delta.stride(), known.strides)
+
+    config = chosen.dkdv
+    ranges, range_strides = known.ranges(config.groups * _GROUP_ROWS, config.block)
+    _launch(
+        absorb_dkdv_kernel,
+        config,
+        k.shape[0] * k.shape[1] * -(-k.shape[2] // (config.groups * _GROUP_ROWS)),
+        *(dk, dv),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, config.block, _GROUP_ROWS)),
+        *(*bounded, ranges, of_keys),
+        *(dk.stride(), dv.stride(), *strides, range_strides),
+        num_kv_heads=k.shape[1],
+        **numbers,
+    )
+    config = chosen.dq
+    _launch(
+        absorb_dq_kernel,
+        config,
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * _GROUP_ROWS)),
+        dq,
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, _GROUP_ROWS, config.block)),
+        *(*bounded, of_rows),
+        *(dq.stride(), *strides),
+        num_heads=q.shape[1],
+        **numbers,
+    )
+    return (of_keys, of_rows) if known.hides else None
+
+
+def _blocks_of(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_block: int, key_block: int
+) -> Iterator[tuple[Tensor, int]]:
+    return zip((q, k, v, do), (row_block, key_block, key_block, row_block), strict=True)
+
+
+def _flags(x: Tensor) -> Tensor:
+    return torch.empty((*x.shape[:2], -(-x.shape[2] // _GROUP_ROWS)), dtype=torch.int32, device=x.device)
+
+
+def _descriptor(x: Tensor, length: int, dims: int) -> Any:
+    """Of x [B, H, T, D] in blocks [1, 1, length, dims]; what is beyond its edges arrives as 0."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    strides = list(x.stride())
+    for axis in (2, 1, 0):  # of an axis of length 1 torch's stride can be anything
+        if x.shape[axis] == 1:
+            strides[axis] = strides[axis + 1] * x.shape[axis + 1]
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, length, dims], layout)
+
+
+def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:
+    with torch.cuda.device(args[0].device):
+        kernel[(num_programs,)](
+            *args,
+            STAGES=config.stages,
+            REGISTERS=config.registers,
+            **numbers,
+            num_warps=4,
+            maxnreg=config.at_launch,
+        )

@@ -1,0 +1,69 @@
+"""What the Triton kernels are told of a tile's mask: two integers of a band, or arrays of intervals on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ringspan.errors import UnsupportedError, explain
+from ringspan.tile import Kind, RowIntervals
+
+Strides = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """lo, hi: int32 on the device, by strides (B, H, T); empty under a band, as the ranges of row blocks are."""
+
+    lo: Tensor
+    hi: Tensor
+    strides: Strides
+    rule: dict[str, int]  # num_rows, num_keys, lower, upper
+    is_band: bool
+    hides: bool  # whether any row does not see all keys
+
+    def ranges(self, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
+        """(which row blocks see a block of keys, [B, H, key blocks, 4], its strides of the first three axes)."""
+        if self.is_band:
+            return self.lo, (0, 0, 0)
+        from ringspan.kernels.triton_ranges import row_ranges
+
+        found = row_ranges(self.lo, self.hi, self.rule["num_keys"], key_block, row_block)
+        batch, head, block, _ = found.stride()
+        return found, (batch, head, block) if self.lo.ndim == 3 else (0, 0, block)
+
+
+def bounds(visible: RowIntervals, device: torch.device) -> Bounds:
+    """A band costs two integers, other intervals one copy to the device."""
+    num_rows, num_keys = visible.num_rows, visible.num_keys
+    rule = {"num_rows": num_rows, "num_keys": num_keys, "lower": 0, "upper": 0}
+    hides = visible.kind is not Kind.FULL
+    if visible.band is not None:
+        lower = -num_rows if visible.band.lower is None else visible.band.lower
+        upper = num_keys if visible.band.upper is None else visible.band.upper
+        rule["lower"], rule["upper"] = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        return Bounds(none, none, (0, 0, 0), rule, True, hides)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            explain(
+                "this mask cannot be captured into a CUDA graph.",
+                got="rows that see other than a diagonal band: the copy of their intervals to the GPU is not repeated",
+                fix="capture calls without cu_seqlens and bounds, or run this one outside of the graph",
+            )
+        )
+    both = torch.from_numpy(np.stack(visible.arrays()).astype(np.int32))
+    if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the host for it
+        both = both.pin_memory().to(device, non_blocking=True)
+    lo, hi = both
+    batch, head, row = lo.stride() if lo.ndim == 3 else (0, 0, lo.stride(0))
+    return Bounds(lo, hi, (batch, head, row), rule, False, hides)
+
+
+def common(known: Bounds) -> dict[str, Any]:
+    """The arguments that all kernels have of it."""
+    return known.rule | {"BAND": known.is_band}
