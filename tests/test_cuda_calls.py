@@ -11,7 +11,7 @@ import ringspan
 from ringspan import call, run_local
 from ringspan.agreement import Terms
 from ringspan.errors import ArgumentError, UnsupportedError
-from ringspan.kernels.triton_kernel import _visibility
+from ringspan.kernels.triton_bounds import bounds
 from ringspan.tile import Band, RowIntervals
 from ringspan.transport.contract import Transport
 
@@ -103,6 +103,13 @@ def test_a_ring_of_threads_is_not_captured(capturing):
         run_local(lambda group: begin(group.transport), 2, timeout=30)
 
 
+def test_threads_do_not_join_a_capture_that_they_could_not_leave(capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match="ring of threads cannot be captured"):
+        run_local(lambda group: pytest.fail("no thread is started"), 2)
+
+
 def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():
     with FakeTensorMode(), torch.no_grad():
         q, k, v = (torch.empty(2, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
@@ -156,8 +163,8 @@ def test_a_group_without_nccl_refuses_cuda_tensors():
 
 def test_a_mask_whose_copy_a_graph_would_not_repeat_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    bounds = torch.tensor([0, 2]).numpy()
+    edges = torch.tensor([0, 2]).numpy()
     with pytest.raises(UnsupportedError, match="cannot be captured"):
-        _visibility(RowIntervals(2, 3, None, bounds, bounds + 1), torch.device("cuda"))
+        bounds(RowIntervals(2, 3, None, edges, edges + 1), torch.device("cuda"))
     with FakeTensorMode():
-        assert _visibility(RowIntervals(2, 3, Band(upper=1)), torch.device("cuda"))[3]["BAND"]
+        assert bounds(RowIntervals(2, 3, Band(upper=1)), torch.device("cuda")).is_band

@@ -20,7 +20,10 @@ from ringspan.kernels.triton_kernel import Triton
 LAYOUTS = ("contiguous", "striped", "zigzag")
 TIMEOUT_S = 100  # the first rank to launch a kernel compiles it, for seconds
 
-pytestmark = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{of_torch}:UserWarning")
+    for of_torch in ("TensorFloat32 tensor cores", "Attempting to run cuBLAS")
+]
 
 
 def masks(tokens):

@@ -20,6 +20,8 @@ from ringspan.kernels.triton_merge import merge_normalised_
 from ringspan.state import SoftmaxState
 from ringspan.tile import RowIntervals
 
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
+
 HALVES = (torch.bfloat16, torch.float16)
 CUDNN, FLASH = LIBRARIES
 
@@ -56,10 +58,10 @@ class TestHopper(KernelBehaviour):
     """Those for Hopper wherever the copy engine can read, few rows and small heads too; the general ones elsewhere."""
 
     kernel = Triton()
-    dtypes = (torch.float32, *HALVES)
-    head_dims = (8, 64, 100, 104, 128)
+    dtypes = HALVES
+    head_dims = (8, 64, 104, 128)
     rounds_weights = True
-    one_in = 3
+    one_in = 5
     device = DEVICE
 
     @pytest.fixture(autouse=True)

@@ -19,8 +19,10 @@ from triton_tiles import SMALL, state_of
 
 from ringspan.kernels.reference import Reference
 from ringspan.kernels.table import choose
+from ringspan.kernels.triton_bounds import bounds
 from ringspan.kernels.triton_kernel import Triton
 from ringspan.kernels.triton_merge import merge_normalised_
+from ringspan.kernels.triton_ranges import row_ranges
 from ringspan.state import SoftmaxState
 
 # NumPy warns of what the interpreter computes with NaN and inf.
@@ -172,3 +174,32 @@ def test_the_fused_merge_takes_a_part_of_a_state_and_no_rows_at_all():
     merge_normalised_(whole.select(slice(10, 10)), torch.randn(2, 3, 0, 16), torch.randn(2, 3, 0))
     changed = (whole.acc != before).any(-1)
     assert changed[:, :, 10:20].all() and not changed[:, :, :10].any() and not changed[:, :, 20:].any()
+
+
+@pytest.mark.parametrize(
+    "kind", ["causal documents", "documents with a window", "any intervals", "any intervals of each head"]
+)
+@pytest.mark.parametrize(("key_block", "row_block"), [(16, 8), (128, 64)])
+def test_row_ranges_hold_all_rows_that_see_a_block_of_keys(kind, key_block, row_block):
+    known = bounds(VISIBLE[kind](301, 190), torch.device("cpu"))
+    group = 2 if known.lo.ndim == 3 else 1
+    found = row_ranges(known.lo, known.hi, 190, group, key_block, row_block)
+    lo, hi = (x.numpy().reshape(-1, group, 301) for x in (known.lo, known.hi))
+    blocks = np.arange(0, 301, row_block)
+    for mine, ranges in enumerate(found.flatten(0, 1).tolist()):
+        for key, (begin, full_begin, full_end, end) in zip(range(0, 190, key_block), ranges, strict=True):
+            stop = min(key + key_block, 190)
+            sees = ((lo[mine] < stop) & (hi[mine] > key) & (lo[mine] < hi[mine])).any(0)
+            whole = ((lo[mine] <= key) & (hi[mine] >= stop)).all(0)
+            touched = [b for b, first in enumerate(blocks) if sees[first : first + row_block].any()]
+            assert (begin, end) == ((touched[0], touched[-1] + 1) if touched else (begin, begin))
+            assert begin <= full_begin <= full_end <= end
+            assert all(whole[blocks[b] : blocks[b] + row_block].all() for b in range(full_begin, full_end))
+
+
+def test_row_ranges_find_the_blocks_that_see_all():
+    """A document of 10 blocks, causal: what comes after the keys' own block and before the document's last."""
+    edges = torch.tensor([0] * 40 + [40] * 160, dtype=torch.int32), torch.arange(1, 201, dtype=torch.int32)
+    found = row_ranges(*edges, 200, 1, 16, 16)[0, 0].tolist()
+    assert found[0] == [0, 1, 2, 3]
+    assert found[4] == [4, 5, 12, 13]

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from ringspan.errors import DisagreementError, PeerRefusedError, RingspanError, UnsupportedError, explain
 from ringspan.transport.contract import Transport
+from ringspan.transport.streams import threads_are_not_captured
 
 MESSAGE_BYTES = 1536
 _HEADER = struct.Struct("<6q")  # refused, call, query length, key length, flipped, bytes of text
@@ -109,9 +110,7 @@ def remember(transport: Transport, terms: Terms, agreed: Agreed) -> None:
 def agreed_before(transport: Transport, terms: Terms) -> Agreed:
     """What a call with these terms agreed on, where no exchange is possible; raises UnsupportedError."""
     if not transport.capturable:
-        raise UnsupportedError(
-            explain("a ring of threads cannot be captured into a CUDA graph.", fix="a process for each rank, with NCCL")
-        )
+        raise threads_are_not_captured()
     known = _memory.get(transport, {})
     key = _pack(0, terms)
     found = known.get(key)

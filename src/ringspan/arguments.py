@@ -171,7 +171,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
     if cu_seqlens is None:
         return None
     if not isinstance(cu_seqlens, Tensor):
-        return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64)
+        return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64, device="cpu")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
         raise ArgumentTypeError(
             explain(

@@ -253,7 +253,6 @@ def absorb_dkdv_kernel(
     factor,
     HEAD_DIM: gl.constexpr,
     BAND: gl.constexpr,
-    EARLY: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
@@ -270,9 +269,15 @@ def absorb_dkdv_kernel(
     flags += gl.program_id(0) // num_blocks * gl.cdiv(num_keys, GROUP_ROWS) + start // GROUP_ROWS
     lo += batch.to(gl.int64) * bound_strides[0]
     hi += batch.to(gl.int64) * bound_strides[0]
-    ranges += batch.to(gl.int64) * range_strides[0] + start // KEYS * range_strides[2]
+    ranges += batch.to(gl.int64) * range_strides[0] + kv_head.to(gl.int64) * range_strides[1]
+    ranges += start // KEYS * range_strides[2]
     rule = (num_rows, num_keys, lower, upper, hides, lo, hi, bound_strides[2])
-    heads = (kv_head * group, group, bound_strides[1], ranges, range_strides[1])
+    blocks = row_blocks(start, stop, rule, ranges, ROWS, BAND)
+    if blocks[0] >= blocks[3]:
+        for member in gl.static_range(_GROUPS):
+            gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < num_keys)
+        return
+    heads = (kv_head * group, group, bound_strides[1])
     ks = gl.allocate_shared_memory(k_descriptor.dtype, [_GROUPS] + k_descriptor.block_type.shape, k_descriptor.layout)
     vs = gl.allocate_shared_memory(k_descriptor.dtype, [_GROUPS] + k_descriptor.block_type.shape, k_descriptor.layout)
     k_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -296,9 +301,9 @@ def absorb_dkdv_kernel(
     descriptors = (q_descriptor, k_descriptor, v_descriptor, do_descriptor)
     gl.warp_specialize(
         [
-            (_pull_of_rows, (0, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND, EARLY)),
-            (_pull_of_rows, (1, start, stop, heads, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND, EARLY)),
-            (_fetch_rows, (start, stop, heads, rule, batch, kv_head, descriptors, constants, inputs, BAND)),
+            (_pull_of_rows, (0, start, heads, blocks, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND)),
+            (_pull_of_rows, (1, start, heads, blocks, rule, inputs, targets, flags, scale, factor, HEAD_DIM, BAND)),
+            (_fetch_rows, (start, heads, blocks, rule, batch, kv_head, descriptors, constants, inputs, BAND)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -306,17 +311,7 @@ def absorb_dkdv_kernel(
 
 
 @gluon.jit
-def _of_head(member, heads, rule):
-    """(rule, ranges) of a key head's member-th query head."""
-    num_rows, num_keys, lower, upper, hides, lo, hi, stride = rule
-    first_head, group, bound_stride, ranges, range_stride = heads
-    head = (first_head + member).to(gl.int64)
-    lo, hi = lo + head * bound_stride, hi + head * bound_stride
-    return (num_rows, num_keys, lower, upper, hides, lo, hi, stride), ranges + head * range_stride
-
-
-@gluon.jit
-def _fetch_rows(start, stop, heads, rule, batch, kv_head, descriptors, constants, inputs, BAND: gl.constexpr):
+def _fetch_rows(start, heads, blocks, rule, batch, kv_head, descriptors, constants, inputs, BAND: gl.constexpr):
     q_descriptor, k_descriptor, v_descriptor, do_descriptor = descriptors
     lse, lse_head, lse_row, delta, delta_head, delta_row = constants
     ks, vs, k_ready, q_ring, do_ring, totals, drops, firsts, lasts = inputs
@@ -328,41 +323,50 @@ def _fetch_rows(start, stop, heads, rule, batch, kv_head, descriptors, constants
     for member in gl.static_range(_GROUPS):
         copy_block(k_descriptor, [batch, kv_head, start + member * GROUP_ROWS, 0], k_ready, ks.index(member))
         copy_block(v_descriptor, [batch, kv_head, start + member * GROUP_ROWS, 0], k_ready, vs.index(member))
-    index = 0
-    for member in range(heads[1]):
-        my_rule, ranges = _of_head(member, heads, rule)
-        begin, full_begin, full_end, end = row_blocks(start, stop, my_rule, ranges, ROWS, BAND)
-        head = heads[0] + member
+    first_head, group, stride_head = heads
+    num_whole, num_partial = blocks[2] - blocks[1], blocks[3] - blocks[0] - blocks[2] + blocks[1]
+    for index in range((num_whole + num_partial) * group):
+        of_group, block = _step_at(index, group, blocks)
+        head, first_row = first_head + of_group, block * ROWS
+        row = first_row + gl.arange(0, ROWS, layout=FLAT)
         my_lse, my_delta = lse + head.to(gl.int64) * lse_head, delta + head.to(gl.int64) * delta_head
-        for place in range(end - begin):
-            first_row = block_at(place, begin, full_begin, full_end) * ROWS
-            row = first_row + gl.arange(0, ROWS, layout=FLAT)
-            total = gl.load(my_lse + row.to(gl.int64) * lse_row, mask=row < num_rows, other=float("-inf"))
-            drop = gl.load(my_delta + row.to(gl.int64) * delta_row, mask=row < num_rows, other=0.0)
-            fetch(q_ring, index, q_descriptor, batch, head, first_row)
-            totals.index(index % STAGES).store(gl.where(total == float("-inf"), float("inf"), total * _LOG2E))
-            if not BAND:
-                first, last = seen_keys(row, my_rule, False)
-                firsts.index(index % STAGES).store(first)
-                lasts.index(index % STAGES).store(last)
-            mbarrier.arrive(q_ring[1].index(index % STAGES), count=1)
-            fetch(do_ring, index, do_descriptor, batch, head, first_row)
-            drops.index(index % STAGES).store(drop)
-            mbarrier.arrive(do_ring[1].index(index % STAGES), count=1)
-            index += 1
+        total = gl.load(my_lse + row.to(gl.int64) * lse_row, mask=row < num_rows, other=float("-inf"))
+        drop = gl.load(my_delta + row.to(gl.int64) * delta_row, mask=row < num_rows, other=0.0)
+        fetch(q_ring, index, q_descriptor, batch, head, first_row)
+        totals.index(index % STAGES).store(gl.where(total == float("-inf"), float("inf"), total * _LOG2E))
+        if not BAND:
+            bounds = head.to(gl.int64) * stride_head
+            my_rule = (num_rows, num_keys, lower, upper, hides, lo + bounds, hi + bounds, stride)
+            first, last = seen_keys(row, my_rule, False)
+            firsts.index(index % STAGES).store(first)
+            lasts.index(index % STAGES).store(last)
+        mbarrier.arrive(q_ring[1].index(index % STAGES), count=1)
+        fetch(do_ring, index, do_descriptor, batch, head, first_row)
+        drops.index(index % STAGES).store(drop)
+        mbarrier.arrive(do_ring[1].index(index % STAGES), count=1)
+
+
+@gluon.jit
+def _step_at(index, group, blocks):
+    """(query head of the group, block of rows) of a step: the whole blocks of all heads come first."""
+    begin, full_begin, full_end, end = blocks
+    num_whole, num_partial = full_end - full_begin, end - begin - full_end + full_begin
+    rest = index - num_whole * group
+    member = gl.where(rest < 0, index // gl.maximum(num_whole, 1), rest // gl.maximum(num_partial, 1))
+    place = gl.where(rest < 0, index % gl.maximum(num_whole, 1), num_whole + rest % gl.maximum(num_partial, 1))
+    return member, block_at(place, begin, full_begin, full_end)
 
 
 @gluon.jit
 def _pull_of_rows(
-    group_member, start, stop, heads, rule, inputs, targets, flags, scale, factor,
-    HEAD_DIM: gl.constexpr, BAND: gl.constexpr, EARLY: gl.constexpr,
+    group_member, start, heads, blocks, rule, inputs, targets, flags, scale, factor,
+    HEAD_DIM: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     """One group's 64 keys: sum_i ds_ij q_i and sum_i p_ij do_i over all blocks of rows of all heads that read them.
 
     Everything is [keys, rows] here.
     """
     ks, vs, k_ready, q_ring, do_ring, totals, drops, firsts, lasts = inputs
-    STAGES: gl.constexpr = q_ring[0].shape[0]
     ROWS: gl.constexpr = q_ring[0].shape[3]
     DIMS: gl.constexpr = ks.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -375,38 +379,29 @@ def _pull_of_rows(
     gradient_k = gl.zeros([GROUP_ROWS, DIMS], gl.float32, SUMS)
     gradient_v = gl.zeros([GROUP_ROWS, DIMS], gl.float32, SUMS)
     mbarrier.wait(k_ready, 0)
-    index = 0
-    for member in range(heads[1]):
-        my_rule, ranges = _of_head(member, heads, rule)
-        begin, full_begin, full_end, end = row_blocks(start, stop, my_rule, ranges, ROWS, BAND)
-        for place in range(end - begin):
-            row, masked = block_at(place, begin, full_begin, full_end) * ROWS, place >= full_end - full_begin
-            q, do = matrix_of(q_ring, index), matrix_of(do_ring, index)
-            wait_for(q_ring, index)
-            scores = start_scores(k, q, SCORES)
-            wait_for(do_ring, index)
-            pulls = start_scores(v, do, SCORES)
-            total = totals.index(index % STAGES).load(gl.SliceLayout(0, SCORES))
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            weights = gl.exp2(gl.fma(scores, factor, -total[None, :]))
-            intervals = (firsts.index(index % STAGES), lasts.index(index % STAGES))
-            weights = _seen_of_rows(weights, first_key, row, rule, intervals, masked, ROWS, BAND, SCORES)
-            if not EARLY:
-                pulls = warpgroup_mma_wait(0, deps=(pulls,))
-            weight = gl.convert_layout(weights.to(ks.dtype), PULLS)
-            gradient_v = warpgroup_mma(weight, do, gradient_v, is_async=True)
-            drop = drops.index(index % STAGES).load(gl.SliceLayout(0, SCORES))
-            if EARLY:
-                pulls = warpgroup_mma_wait(1, deps=(pulls,))
-            d_scores = weights * (pulls - drop[None, :])
-            d_scores = _seen_of_rows(d_scores, first_key, row, rule, intervals, masked, ROWS, BAND, SCORES)
-            pull = gl.convert_layout(d_scores.to(ks.dtype), PULLS)
-            gradient_k = warpgroup_mma(pull, q, gradient_k, is_async=True)
-            gradient_v, weight = warpgroup_mma_wait(1, deps=(gradient_v, weight))
-            release(do_ring, index)
-            gradient_k, pull = warpgroup_mma_wait(0, deps=(gradient_k, pull))
-            release(q_ring, index)
-            index += 1
+    num_whole, num_partial = blocks[2] - blocks[1], blocks[3] - blocks[0] - blocks[2] + blocks[1]
+    for index in range(num_whole * heads[1]):
+        gradient_k, gradient_v = _pull_of_block(
+            gradient_k, gradient_v, index, k, v, first_key, 0, rule, inputs, factor, False, BAND, SCORES, PULLS
+        )
+    for index in range(num_whole * heads[1], (num_whole + num_partial) * heads[1]):
+        of_group, block = _step_at(index, heads[1], blocks)
+        gradient_k, gradient_v = _pull_of_block(
+            gradient_k,
+            gradient_v,
+            index,
+            k,
+            v,
+            first_key,
+            block * ROWS,
+            rule,
+            inputs,
+            factor,
+            True,
+            BAND,
+            SCORES,
+            PULLS,
+        )
 
     leaked = 0
     if hides > 0:
@@ -419,13 +414,49 @@ def _pull_of_rows(
 
 
 @gluon.jit
-def _seen_of_rows(x, key, row, rule, intervals, masked, ROWS: gl.constexpr, BAND: gl.constexpr, SCORES: gl.constexpr):
-    """x [keys, rows], 0 where the mask hides a pair. intervals: the rows' (first, last), in shared memory."""
-    if masked:
-        keys = key + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SCORES))
-        if BAND:
-            first, last = seen_keys(row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES)), rule, True)
-        else:
-            first, last = intervals[0].load(gl.SliceLayout(0, SCORES)), intervals[1].load(gl.SliceLayout(0, SCORES))
-        x = gl.where((first[None, :] <= keys[:, None]) & (keys[:, None] < last[None, :]), x, 0.0)
-    return x
+def _pull_of_block(
+    gradient_k, gradient_v, index, k, v, key, row, rule, inputs, factor,
+    MASKED: gl.constexpr, BAND: gl.constexpr, SCORES: gl.constexpr, PULLS: gl.constexpr,
+):  # fmt: skip
+    """What one block of rows adds."""
+    ks, vs, k_ready, q_ring, do_ring, totals, drops, firsts, lasts = inputs
+    STAGES: gl.constexpr = q_ring[0].shape[0]
+    ROWS: gl.constexpr = q_ring[0].shape[3]
+    slot = index % STAGES
+    q, do = matrix_of(q_ring, index), matrix_of(do_ring, index)
+    wait_for(q_ring, index)
+    scores = start_scores(k, q, SCORES)
+    wait_for(do_ring, index)
+    pulls = start_scores(v, do, SCORES)
+    total = totals.index(slot).load(gl.SliceLayout(0, SCORES))
+    scores = warpgroup_mma_wait(1, deps=(scores,))
+    weights = gl.exp2(gl.fma(scores, factor, -total[None, :]))
+    if MASKED:
+        weights = _seen_only_of_rows(weights, key, row, rule, firsts.index(slot), lasts.index(slot), ROWS, BAND, SCORES)
+    drop = drops.index(slot).load(gl.SliceLayout(0, SCORES))
+    pulls = warpgroup_mma_wait(0, deps=(pulls,))
+    weight = gl.convert_layout(weights.to(ks.dtype), PULLS)
+    gradient_v = warpgroup_mma(weight, do, gradient_v, is_async=True)
+    d_scores = weights * (pulls - drop[None, :])
+    if MASKED:
+        d_scores = _seen_only_of_rows(
+            d_scores, key, row, rule, firsts.index(slot), lasts.index(slot), ROWS, BAND, SCORES
+        )
+    pull = gl.convert_layout(d_scores.to(ks.dtype), PULLS)
+    gradient_k = warpgroup_mma(pull, q, gradient_k, is_async=True)
+    gradient_v, weight = warpgroup_mma_wait(1, deps=(gradient_v, weight))
+    release(do_ring, index)
+    gradient_k, pull = warpgroup_mma_wait(0, deps=(gradient_k, pull))
+    release(q_ring, index)
+    return gradient_k, gradient_v
+
+
+@gluon.jit
+def _seen_only_of_rows(x, key, row, rule, firsts, lasts, ROWS: gl.constexpr, BAND: gl.constexpr, SCORES: gl.constexpr):
+    """x [keys, rows], 0 where the mask hides a pair. firsts, lasts: the rows' intervals, unless they are a band's."""
+    keys = key + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, SCORES))
+    if BAND:
+        first, last = seen_keys(row + gl.arange(0, ROWS, layout=gl.SliceLayout(0, SCORES)), rule, True)
+    else:
+        first, last = firsts.load(gl.SliceLayout(0, SCORES)), lasts.load(gl.SliceLayout(0, SCORES))
+    return gl.where((first[None, :] <= keys[:, None]) & (keys[:, None] < last[None, :]), x, 0.0)

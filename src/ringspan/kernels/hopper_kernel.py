@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels.triton_bounds import Bounds, common
+from ringspan.kernels.triton_launch import launch
 from ringspan.state import SoftmaxState
 
 # Gluon is an experimental part of Triton, whose names still change: these are the versions it was run or compiled with.
@@ -44,14 +45,11 @@ class Configs(NamedTuple):
 
 # By head_dim, padded: the first that is not smaller.
 CONFIGS = {
-    64: Configs(Config(128, 2, 3, 128, 160), Config(64, 3, 2, 168, 240), Config(128, 2, 2, 168, 240)),
-    128: Configs(Config(128, 2, 2, 168, 240), Config(64, 3, 2, 168, 240), Config(64, 2, 2, 168, 240)),
+    64: Configs(Config(128, 2, 3, 128, 160), Config(128, 3, 2, 168, 240), Config(128, 2, 2, 168, 240)),
+    128: Configs(Config(128, 2, 2, 168, 240), Config(64, 4, 2, 168, 240), Config(64, 2, 2, 168, 240)),
     256: Configs(Config(64, 2, 2, 168, 240), None, None),
 }
 _SMALLEST_HEAD_DIM = 40  # below, half a block of 64 would be padding
-
-
-EARLY = True
 
 
 @cache
@@ -148,13 +146,14 @@ def absorb_gradient(
 
     dims, (_, for_dq, for_dkdv) = configs(q.shape[-1])
     assert for_dq is not None and for_dkdv is not None, "serves says so"
-    numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": q.shape[1] // k.shape[1]}
+    group = q.shape[1] // k.shape[1]
+    numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": group}
     numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | common(known)
     of_keys, of_rows = _flags(k), _flags(q)
     bounded = (lse, delta, known.lo, known.hi)
     strides = (lse.stride(), delta.stride(), known.strides)
 
-    ranges, range_strides = known.ranges(for_dkdv.groups * _GROUP_ROWS, for_dkdv.block)
+    ranges, range_strides = known.ranges(group, for_dkdv.groups * _GROUP_ROWS, for_dkdv.block)
     _launch(
         absorb_dkdv_kernel,
         for_dkdv,
@@ -164,7 +163,6 @@ def absorb_gradient(
         *(*bounded, ranges, of_keys),
         *(dk.stride(), dv.stride(), *strides, range_strides),
         num_kv_heads=k.shape[1],
-        EARLY=EARLY,
         **numbers,
     )
     _launch(
@@ -205,12 +203,5 @@ def _descriptor(x: Tensor, length: int, dims: int) -> Any:
 
 
 def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:
-    with torch.cuda.device(args[0].device):
-        kernel[(num_programs,)](
-            *args,
-            STAGES=config.stages,
-            REGISTERS=config.registers,
-            **numbers,
-            num_warps=4,
-            maxnreg=config.at_launch,
-        )
+    sizes = {"STAGES": config.stages, "REGISTERS": config.registers}
+    launch(kernel, num_programs, *args, **sizes, **numbers, num_warps=4, maxnreg=config.at_launch)

@@ -238,7 +238,7 @@ def _sweep_rows(
         if BAND:
             begin, full_begin, full_end, end = _row_blocks_of_band(lower, upper, start, stop, num_rows, ROWS)
         else:
-            mine = ranges + batch.to(tl.int64) * range_strides[0] + head.to(tl.int64) * range_strides[1]
+            mine = ranges + batch.to(tl.int64) * range_strides[0] + kv_head.to(tl.int64) * range_strides[1]
             mine += start // KEYS * range_strides[2]
             begin, full_begin, full_end, end = tl.load(mine), tl.load(mine + 1), tl.load(mine + 2), tl.load(mine + 3)
         my_q, my_do = of_head(q, batch, head, q_strides), of_head(do, batch, head, do_strides)

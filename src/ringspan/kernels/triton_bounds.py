@@ -26,13 +26,13 @@ class Bounds:
     is_band: bool
     hides: bool  # whether any row does not see all keys
 
-    def ranges(self, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
-        """(which row blocks see a block of keys, [B, H, key blocks, 4], its strides of the first three axes)."""
+    def ranges(self, group: int, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
+        """(which row blocks see a block of keys, [B, K, key blocks, 4], its strides of the first three axes)."""
         if self.is_band:
             return self.lo, (0, 0, 0)
         from ringspan.kernels.triton_ranges import row_ranges
 
-        found = row_ranges(self.lo, self.hi, self.rule["num_keys"], key_block, row_block)
+        found = row_ranges(self.lo, self.hi, self.rule["num_keys"], group, key_block, row_block)
         batch, head, block, _ = found.stride()
         return found, (batch, head, block) if self.lo.ndim == 3 else (0, 0, block)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +15,7 @@ from ringspan.kernels import hopper_kernel
 from ringspan.kernels.contract import TileByTile
 from ringspan.kernels.triton_bounds import Bounds, bounds, common
 from ringspan.kernels.triton_configs import FLAGGED, Config, Configs, configs
+from ringspan.kernels.triton_launch import launch
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
 
@@ -23,9 +23,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
 _OLDEST_CAPABILITY = (8, 0)  # the first with bfloat16 on tensor cores and asynchronous copies
 _SMALLEST_FACTOR = 2.0**-100  # in place of 0, which would make NaN of a hidden score's -inf
-
-# The interpreter keeps the program that it is at in one place for all threads.
-_interpreter_lock = threading.Lock()
 
 
 class Triton(TileByTile):
@@ -138,11 +135,12 @@ class Triton(TileByTile):
         of_keys, of_rows = (known.lo, known.lo) if flags is None else flags
         inputs = (q, k, v, do, lse, delta)
         numbers = {"scale": scale, "factor": scale * math.log2(math.e), "FLAGGED": flags is not None}
-        numbers |= {"group": q.shape[1] // k.shape[1]} | common(known) | _sizes(q)
+        group = q.shape[1] // k.shape[1]
+        numbers |= {"group": group} | common(known) | _sizes(q)
         bounded = (known.lo, known.hi)
 
         tensors: tuple[Tensor, ...] = (dk, dv, *inputs)
-        ranges, range_strides = known.ranges(chosen.dkdv.keys, chosen.dkdv.rows)
+        ranges, range_strides = known.ranges(group, chosen.dkdv.keys, chosen.dkdv.rows)
         _launch(
             absorb_dkdv_kernel,
             chosen.dkdv,
@@ -197,7 +195,5 @@ def _blocks(x: Tensor, length: int) -> int:
 
 
 def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:
-    cpu = args[0].device.type == "cpu"
-    with _interpreter_lock if cpu else torch.cuda.device(args[0].device):
-        sizes = {"ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
-        kernel[(num_programs,)](*args, **sizes, **numbers, num_warps=config.warps)
+    sizes = {"ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
+    launch(kernel, num_programs, *args, **sizes, **numbers, num_warps=config.warps)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ringspan.kernels.triton_blocks import inside, load_block, matrix_block, of_head
+from ringspan.kernels.triton_launch import launch
 from ringspan.state import SoftmaxState
 
 _ELEMENTS = 4096  # of acc that one program takes
@@ -26,9 +27,9 @@ def merge_normalised_(state: SoftmaxState, out: Tensor, lse: Tensor) -> None:
     dims = triton.next_power_of_2(dim)
     block = max(_ELEMENTS // dims, 1)
     tensors = (state.acc, state.row_max, state.row_sum, out, lse)
-    merge_kernel[(triton.cdiv(rows, block) * heads * batch,)](
-        *tensors, *(x.stride() for x in tensors), heads, rows, HEAD_DIM=dim, DIMS=dims, ROWS=block
-    )
+    programs = triton.cdiv(rows, block) * heads * batch
+    strides = (x.stride() for x in tensors)
+    launch(merge_kernel, programs, *tensors, *strides, heads, rows, HEAD_DIM=dim, DIMS=dims, ROWS=block)
 
 
 @triton.jit(do_not_specialize=["num_heads", "num_rows"])

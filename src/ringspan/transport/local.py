@@ -20,7 +20,7 @@ import torch
 
 from ringspan.errors import ArgumentError, RankFailedError, RingspanError, UnsupportedError, WorkerError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
-from ringspan.transport.streams import Streams, streams_in_use, streams_of
+from ringspan.transport.streams import Streams, streams_in_use, streams_of, threads_are_not_captured
 
 DEFAULT_TIMEOUT_S = 1800.0
 
@@ -94,6 +94,8 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         )
     if timeout is not None and not timeout > 0:
         raise ArgumentError(explain("timeout must be a positive number of seconds.", got=repr(timeout)))
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise threads_are_not_captured()
     board = _Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))
     groups = [LocalGroup(board, rank) for rank in range(num_workers)]
     results: list[Any] = [None] * num_workers

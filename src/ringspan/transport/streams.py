@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringspan.errors import UnsupportedError, explain
+
 
 class Streams:
     """A CPU's: an operation that has returned is done, so there is nothing to order."""
@@ -76,3 +78,9 @@ def streams_of(device_type: str) -> Streams:
 def streams_in_use() -> Streams:
     """CUDA's once this process has begun to use it: asking a GPU that nobody uses would take its memory."""
     return CudaStreams() if torch.cuda.is_initialized() else _CPU
+
+
+def threads_are_not_captured() -> UnsupportedError:
+    """Captures of several threads cannot wait for each other."""
+    what = "a ring of threads cannot be captured into a CUDA graph."
+    return UnsupportedError(explain(what, fix="a process for each rank, with NCCL"))
