@@ -22,6 +22,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from pairs import machine
 from torch import Tensor
@@ -50,11 +51,12 @@ class Size:
     matmul: int = 8192
     ring_tokens: int = 65536
     ranks: tuple[int, ...] = (4, 8)
+    documents: tuple[int, ...] = (2, 16)
     repeat_s: float = 5e-3
     target_length: int = 32768
 
 
-QUICK = Size((96, 160), (64,), 2, 3, 64, 320, (2, 4), 0.0, 160)
+QUICK = Size((96, 160), (64,), 2, 3, 64, 320, (2, 4), (2, 4), 0.0, 160)
 
 
 @dataclass(frozen=True)
@@ -342,6 +344,36 @@ def torch_backward(backend: SDPBackend, causal: bool, do: Tensor, *inputs: Tenso
     return lambda: torch.autograd.grad(out, leaves, do, retain_graph=True)
 
 
+def documents(device: Device, size: Size, report: Report) -> None:
+    heading(report, "packed documents of one length, causal: absorb and absorb_gradient, by visible pairs")
+    tokens = size.ring_tokens // 4
+    for head_dim in size.head_dims:
+        for count in size.documents:
+            case = Case(tokens, head_dim, size.heads, True)
+            what = f"{case} {count:3} documents"
+            if report.out_of_time(what):
+                return
+            row = np.arange(tokens)
+            visible = RowIntervals(tokens, tokens, None, row - row % (tokens // count), row + 1)
+            q, k, v, do = case.tensors(device, 4)
+            state = SoftmaxState.empty(q)
+            device.own.absorb(state, q, k, v, visible, case.scale)
+            out, lse = state.finalize(q.dtype)
+            delta = (do.float() * out).sum(-1)
+            grads = [torch.zeros(x.shape, device=x.device) for x in (q, k, v)]
+            ways: dict[str, Way] = {
+                "forward": partial(device.own.absorb, state, q, k, v, visible, case.scale),
+                "backward": partial(device.own.absorb_gradient, *grads, q, k, v, do, lse, delta, visible, case.scale),
+            }
+            for name, times in timed(device, ways, size).items():
+                if isinstance(times, str):
+                    report.print(f"{what:38} {name:10} {times}")
+                    continue
+                operations = (4 if name == "forward" else 10) * head_dim * size.heads * visible.num_visible_pairs()
+                rate = operations / times["median"] / 1e12
+                report.print(f"{what:38} {name:10} {times['median'] * 1e3:9.3f} ms  {rate:7.1f} TFLOP/s")
+
+
 def rings(device: Device, size: Size, report: Report) -> None:
     heading(report, "rings of threads on this one device, beside one call over the same tokens (host's clock)")
     for causal, layout in ((False, "contiguous"), (True, "zigzag"), (True, "striped")):
@@ -500,6 +532,7 @@ def run(device: Device, size: Size, report: Report) -> None:
         merges(device, size, report)
         rings(device, size, report)
         memory(device, size, report)
+        documents(device, size, report)
     backward(device, size, peak, report)
     targets(device, size, report)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -21,4 +23,4 @@ def counting(library: Library, calls: list[str]) -> Library:
         return library.attend(*args)
 
     counted: Attend = attend
-    return Library(library.name, library.largest_head_dim, counted, library.is_there)
+    return replace(library, attend=counted)

@@ -319,7 +319,7 @@ def capture_threads(rank):
 @pytest.mark.parametrize("refusal", [capture_documents, capture_threads])
 def test_what_a_graph_would_not_repeat_is_refused(refusal):
     # In a process of its own: a capture that failed may leave CUDA useless to the tests that follow.
-    assert results(run_processes(refusal, 1)) == [True]
+    assert results(run_processes(refusal, 1, backend="cpu:gloo,cuda:nccl")) == [True]
 
 
 # torch.compile

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class RowIntervals:
     lo: np.ndarray | None = None
     hi: np.ndarray | None = None
 
-    @property
+    @cached_property
     def kind(self) -> Kind:
         if self.band is not None:
             return self.band.kind(self.num_rows, self.num_keys)
@@ -183,16 +183,7 @@ class Tile:
 
     def intervals(self) -> RowIntervals:
         """Local key indices that each row sees."""
-        num_rows, num_keys = len(self.queries), len(self.keys)
-        if self._in_band is not None:
-            return self._in_band
-        positions = np.arange(self.queries.start, self.queries.stop, self.queries.step, dtype=np.int64)
-        lo, hi = (
-            # Local index of the first key at or after a global position: a ceiling division.
-            -((self.keys.start - bound) // self.keys.step)
-            for bound in self.mask.intervals(positions)
-        )
-        return RowIntervals(num_rows, num_keys, None, lo, hi)
+        return self._in_band or (_known if len(self.queries) <= _KEPT_ROWS else _looked_up)(self)
 
     @property
     def kind(self) -> Kind:
@@ -222,6 +213,25 @@ class Tile:
         lower = None if self.mask.left == UNBOUNDED else -((self.mask.left - distance) // stride)
         upper = None if self.mask.right == UNBOUNDED else (distance + self.mask.right) // stride + 1
         return Band(lower, upper)
+
+
+@lru_cache(
+    maxsize=64
+)  # the layers of a model ask for the same ones; of a long sequence each is as large as a row of it
+def _looked_up(tile: Tile) -> RowIntervals:
+    """The intervals of a tile that is no band."""
+    positions = np.arange(tile.queries.start, tile.queries.stop, tile.queries.step, dtype=np.int64)
+    lo, hi = (
+        # Local index of the first key at or after a global position: a ceiling division.
+        -((tile.keys.start - bound) // tile.keys.step)
+        for bound in tile.mask.intervals(positions)
+    )
+    return RowIntervals(len(tile.queries), len(tile.keys), None, lo, hi)
+
+
+# All layers of a model ask for the same ones. Up to 1 MiB each.
+_KEPT_ROWS = 1 << 16
+_known = lru_cache(maxsize=64)(_looked_up)
 
 
 def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> tuple[Tile, ...]:

@@ -433,10 +433,13 @@ def _pull_of_block(
     weights = gl.exp2(gl.fma(scores, factor, -total[None, :]))
     if MASKED:
         weights = _seen_only_of_rows(weights, key, row, rule, firsts.index(slot), lasts.index(slot), ROWS, BAND, SCORES)
-    drop = drops.index(slot).load(gl.SliceLayout(0, SCORES))
-    pulls = warpgroup_mma_wait(0, deps=(pulls,))
     weight = gl.convert_layout(weights.to(ks.dtype), PULLS)
+    if ROWS > GROUP_ROWS:
+        pulls, weight = warpgroup_mma_wait(0, deps=(pulls, weight))
     gradient_v = warpgroup_mma(weight, do, gradient_v, is_async=True)
+    drop = drops.index(slot).load(gl.SliceLayout(0, SCORES))
+    if ROWS <= GROUP_ROWS:
+        pulls = warpgroup_mma_wait(1, deps=(pulls,))
     d_scores = weights * (pulls - drop[None, :])
     if MASKED:
         d_scores = _seen_only_of_rows(

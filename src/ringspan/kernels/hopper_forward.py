@@ -244,16 +244,16 @@ def _acc_block(acc, start, num_rows, stride_row, stride_dim, HEAD_DIM: gl.conste
 @gluon.jit
 def _in_log2(nats):
     """(log2, loss): e^nats = 2^log2 * loss, which is 1 but for what the product's rounding lost."""
-    log2 = nats * _LOG2E_HIGH
-    return log2, _power_of(gl.fma(nats, _LOG2E_HIGH, -log2) + nats * _LOG2E_LOW)
+    # An explicit fma, since compilers join a product with the sum that it is part of, and then it is another number.
+    log2 = gl.fma(nats, _LOG2E_HIGH, 0.0)
+    return log2, _power_of(gl.fma(nats, _LOG2E_LOW, gl.fma(nats, _LOG2E_HIGH, -log2)))
 
 
 @gluon.jit
 def _in_nats(log2):
     """(nats, loss): 2^log2 = e^nats * loss."""
-    nats = log2 * _LN2
-    back = nats * _LOG2E_HIGH
-    return nats, _power_of((log2 - back) - (gl.fma(nats, _LOG2E_HIGH, -back) + nats * _LOG2E_LOW))
+    nats = gl.fma(log2, _LN2, 0.0)
+    return nats, _power_of(gl.fma(-nats, _LOG2E_LOW, gl.fma(-nats, _LOG2E_HIGH, log2)))
 
 
 @gluon.jit

@@ -191,15 +191,20 @@ def _flags(x: Tensor) -> Tensor:
 
 def _descriptor(x: Tensor, length: int, dims: int) -> Any:
     """Of x [B, H, T, D] in blocks [1, 1, length, dims]; what is beyond its edges arrives as 0."""
-    from triton.experimental.gluon.language import NVMMASharedLayout
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     strides = list(x.stride())
     for axis in (2, 1, 0):  # of an axis of length 1 torch's stride can be anything
         if x.shape[axis] == 1:
             strides[axis] = strides[axis + 1] * x.shape[axis + 1]
-    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), strides, [1, 1, length, dims], layout)
+    return TensorDescriptor(x, list(x.shape), strides, [1, 1, length, dims], _layout())
+
+
+@cache
+def _layout() -> Any:
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    return NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 
 
 def _launch(kernel: Any, config: Config, num_programs: int, *args: Any, **numbers: Any) -> None:

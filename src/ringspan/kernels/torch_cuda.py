@@ -9,6 +9,7 @@ docs/decisions/0008-library-kernels-on-gpus.md has the figures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,13 +36,14 @@ Merge = Callable[[SoftmaxState, Tensor, Tensor], None]
 class Library:
     """One of torch's ops. attend(q, k, v, scale): (out [B, H, T, D] in q's dtype, lse [B, H, T] float32).
 
-    is_there: whether this torch has it.
+    is_there: whether this torch has it. fewest_rows: of all heads together, in one call.
     """
 
     name: str
     largest_head_dim: int
     attend: Attend
     is_there: Callable[[], bool] = lambda: True
+    fewest_rows: int = 0
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +64,8 @@ def _has_cudnn() -> bool:
 
 LIBRARIES = (
     Library("cudnn", 128, _cudnn, _has_cudnn),
-    Library("flash", 256, _flash, torch.backends.cuda.is_flash_attention_available),
+    # Where rows do not fill the GPU it splits the keys, and takes memory for that: 128 blocks of 128 rows fill any.
+    Library("flash", 256, _flash, torch.backends.cuda.is_flash_attention_available, 1 << 14),
 )
 
 
@@ -159,7 +162,8 @@ class TorchCuda(TileByTile):
         # They take the row maximum before they scale, which is right for a positive scale only.
         if small or visible.kind is not Kind.FULL or scale <= 0 or not all(map(_is_ready, (q, k, v))):
             return None
-        able = self._able(q.shape[-1])
+        rows = _rows_of_a_part(q, k)
+        able = [name for name in self._able(q.shape[-1]) if rows >= self._libraries[name].fewest_rows]
         name = self._choose(self._capability(q.device), q.dtype, q.shape[-1], visible.num_keys, able)
         return self._libraries.get(name)
 
@@ -189,6 +193,12 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice, slice]]:
             heads = slice(kv_heads.start * group, kv_heads.stop * group)
             for rows in _slices(num_rows, row_step):
                 yield batch, kv_heads, heads, rows
+
+
+def _rows_of_a_part(q: Tensor, k: Tensor) -> int:
+    """Of all its heads."""
+    batch, _, heads, rows = next(_parts(q, k))
+    return math.prod(part.stop - part.start for part in (batch, heads, rows))
 
 
 def _even(length: int, most: int) -> int:

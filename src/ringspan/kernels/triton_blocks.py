@@ -102,6 +102,9 @@ def dot(a, b, into):
     """
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+    if a.dtype == tl.float32:
+        # Without tensor cores a product is a chain of additions: `into` as its start would make one over all blocks.
+        return into + tl.dot(a, b, input_precision="ieee")
     return tl.dot(a, b, into, input_precision="ieee")
 
 

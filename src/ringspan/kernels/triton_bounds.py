@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ringspan.errors import UnsupportedError, explain
-from ringspan.tile import Kind, RowIntervals
+from ringspan.tile import Band, Kind, RowIntervals
 
 Strides = tuple[int, int, int]
 
@@ -25,6 +26,7 @@ class Bounds:
     rule: dict[str, int]  # num_rows, num_keys, lower, upper
     is_band: bool
     hides: bool  # whether any row does not see all keys
+    _ranges: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def ranges(self, group: int, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
         """(which row blocks see a block of keys, [B, K, key blocks, 4], its strides of the first three axes)."""
@@ -32,22 +34,22 @@ class Bounds:
             return self.lo, (0, 0, 0)
         from ringspan.kernels.triton_ranges import row_ranges
 
-        found = row_ranges(self.lo, self.hi, self.rule["num_keys"], group, key_block, row_block)
+        key = group, key_block, row_block
+        if key not in self._ranges:
+            self._ranges[key] = row_ranges(self.lo, self.hi, self.rule["num_keys"], *key)
+        found = self._ranges[key]
         batch, head, block, _ = found.stride()
         return found, (batch, head, block) if self.lo.ndim == 3 else (0, 0, block)
 
 
+# By tile, and then by device and stream: what was copied on one stream may not be there yet for another.
+_known: WeakKeyDictionary[RowIntervals, dict[tuple[torch.device, int], Bounds]] = WeakKeyDictionary()
+
+
 def bounds(visible: RowIntervals, device: torch.device) -> Bounds:
-    """A band costs two integers, other intervals one copy to the device."""
-    num_rows, num_keys = visible.num_rows, visible.num_keys
-    rule = {"num_rows": num_rows, "num_keys": num_keys, "lower": 0, "upper": 0}
-    hides = visible.kind is not Kind.FULL
+    """A band costs two integers, other intervals one copy to the device, once for all calls with the same tile."""
     if visible.band is not None:
-        lower = -num_rows if visible.band.lower is None else visible.band.lower
-        upper = num_keys if visible.band.upper is None else visible.band.upper
-        rule["lower"], rule["upper"] = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
-        none = torch.empty(0, dtype=torch.int32, device=device)
-        return Bounds(none, none, (0, 0, 0), rule, True, hides)
+        return _of_band(visible, visible.band, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
             explain(
@@ -56,12 +58,33 @@ def bounds(visible: RowIntervals, device: torch.device) -> Bounds:
                 fix="capture calls without cu_seqlens and bounds, or run this one outside of the graph",
             )
         )
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    known = _known.setdefault(visible, {})
+    if (device, stream) not in known:
+        known[device, stream] = _of_arrays(visible, device)
+    return known[device, stream]
+
+
+def _of_band(visible: RowIntervals, band: Band, device: torch.device) -> Bounds:
+    num_rows, num_keys = visible.num_rows, visible.num_keys
+    lower = -num_rows if band.lower is None else band.lower
+    upper = num_keys if band.upper is None else band.upper
+    lower, upper = (min(max(edge, -num_rows), num_keys) for edge in (lower, upper))
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    return Bounds(none, none, (0, 0, 0), _rule(visible, lower, upper), True, visible.kind is not Kind.FULL)
+
+
+def _of_arrays(visible: RowIntervals, device: torch.device) -> Bounds:
     both = torch.from_numpy(np.stack(visible.arrays()).astype(np.int32))
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the host for it
         both = both.pin_memory().to(device, non_blocking=True)
     lo, hi = both
     batch, head, row = lo.stride() if lo.ndim == 3 else (0, 0, lo.stride(0))
-    return Bounds(lo, hi, (batch, head, row), rule, False, hides)
+    return Bounds(lo, hi, (batch, head, row), _rule(visible, 0, 0), False, visible.kind is not Kind.FULL)
+
+
+def _rule(visible: RowIntervals, lower: int, upper: int) -> dict[str, int]:
+    return {"num_rows": visible.num_rows, "num_keys": visible.num_keys, "lower": lower, "upper": upper}
 
 
 def common(known: Bounds) -> dict[str, Any]:

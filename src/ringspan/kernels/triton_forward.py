@@ -175,16 +175,16 @@ def _take_in(
 @triton.jit
 def _in_log2(nats):
     """(log2, loss): e^nats = 2^log2 * loss, which is 1 but for what the product's rounding lost."""
-    log2 = nats * _LOG2E_HIGH
-    return log2, _power_of(tl.fma(nats, _LOG2E_HIGH, -log2) + nats * _LOG2E_LOW)
+    # An explicit fma, since compilers join a product with the sum that it is part of, and then it is another number.
+    log2 = tl.fma(nats, _LOG2E_HIGH, 0.0)
+    return log2, _power_of(tl.fma(nats, _LOG2E_LOW, tl.fma(nats, _LOG2E_HIGH, -log2)))
 
 
 @triton.jit
 def _in_nats(log2):
     """(nats, loss): 2^log2 = e^nats * loss."""
-    nats = log2 * _LN2
-    back = nats * _LOG2E_HIGH
-    return nats, _power_of((log2 - back) - (tl.fma(nats, _LOG2E_HIGH, -back) + nats * _LOG2E_LOW))
+    nats = tl.fma(log2, _LN2, 0.0)
+    return nats, _power_of(tl.fma(-nats, _LOG2E_LOW, tl.fma(-nats, _LOG2E_HIGH, log2)))
 
 
 @triton.jit

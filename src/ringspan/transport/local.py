@@ -220,6 +220,8 @@ class _Board:
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
         self.permits = _Permits(len(os.sched_getaffinity(0)))
+        # Of workers on a GPU: threads that all launch would hand Python's lock to and fro with every operation.
+        self.launching = _Permits(1)
         self.failure: tuple[int | None, BaseException] | None = None
         self.agreements: dict[int, _Rendezvous] = {}
         self.lock = threading.Lock()
@@ -327,7 +329,8 @@ class LocalTransport(Transport):
         return [message for message in meeting.messages if message is not None]
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        return _LocalChannel(self._board, call, tuple(members), self.rank, streams_of(device_type))
+        permits = self._board.permits if device_type == "cpu" else self._board.launching
+        return _LocalChannel(self._board, call, tuple(members), self.rank, streams_of(device_type), permits)
 
     def fail(self, error: BaseException) -> None:
         self._board.fail(self.rank, error)
@@ -341,8 +344,17 @@ def _missing(meeting: _Rendezvous) -> str:
 class _LocalChannel(Channel):
     in_place = True
 
-    def __init__(self, board: _Board, call: int, members: tuple[int, ...], group_rank: int, streams: Streams) -> None:
+    def __init__(
+        self,
+        board: _Board,
+        call: int,
+        members: tuple[int, ...],
+        group_rank: int,
+        streams: Streams,
+        permits: _Permits,
+    ) -> None:
         self._streams = streams
+        self._permits = permits
         self._board = board
         self._call = call
         self._members = members
@@ -418,7 +430,7 @@ class _LocalChannel(Channel):
     @contextmanager
     def computing(self):
         """At most as many workers as there are cores; each goes on until it must wait, while its caches are warm."""
-        with self._board.permits:
+        with self._permits:
             self._computing = True
             try:
                 yield
@@ -430,11 +442,11 @@ class _LocalChannel(Channel):
         if not self._computing:
             yield
             return
-        self._board.permits.give_back()
+        self._permits.give_back()
         try:
             yield
         finally:
-            self._board.permits.take()
+            self._permits.take()
 
 
 def _check_device(parcel: Parcel, source: int, spec: Spec) -> None:
