@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 from definition import attention, relative_error
-from gpu import DEVICE, counting
+from gpu_at_hand import DEVICE, counting
 from processes import results, run_processes
 from test_spmd import MASKS, Spmd, both, documents
 from whole import Case, check, ring

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from gpu import DEVICE, counting
+from gpu_at_hand import DEVICE, counting
 
 pytest.importorskip("triton", reason="triton is not installed")
 
