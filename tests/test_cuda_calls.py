@@ -110,6 +110,25 @@ def test_threads_do_not_join_a_capture_that_they_could_not_leave(capturing, monk
         run_local(lambda group: pytest.fail("no thread is started"), 2)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_documents_are_refused_in_a_capture_and_the_group_goes_on(backward, monkeypatch):
+    captured = SimpleNamespace(on=False)
+    monkeypatch.setattr(call, "_is_captured", lambda device_type: captured.on)
+
+    def work(group):
+        x = torch.randn(1, 2, 20, 16, requires_grad=True)
+        before = ringspan.ring_attention(x, x, x, cu_seqlens=[0, 7, 20], group=group)
+        captured.on = True
+        again = lambda: ringspan.ring_attention(x, x, x, cu_seqlens=[0, 7, 20], group=group)  # noqa: E731
+        with pytest.raises(UnsupportedError, match=r"mask cannot be captured(.|\n)*cu_seqlens"):
+            before.sum().backward() if backward else again()
+        ringspan.ring_attention(x, x, x, causal=True, group=group)
+        captured.on = False
+        return torch.equal(before, ringspan.ring_attention(x, x, x, cu_seqlens=[0, 7, 20], group=group))
+
+    assert run_local(work, 1) == [True]
+
+
 def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():
     with FakeTensorMode(), torch.no_grad():
         q, k, v = (torch.empty(2, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))

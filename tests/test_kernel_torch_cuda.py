@@ -18,7 +18,7 @@ from ringspan.kernels.torch_cuda import LIBRARIES, Library, TorchCuda, serving
 from ringspan.state import SoftmaxState
 from ringspan.tile import Band, RowIntervals
 
-HOPPER, AMPERE = (9, 0), (8, 0)
+HOPPER, AMPERE, BLACKWELL = (9, 0), (8, 0), (10, 0)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -335,7 +335,7 @@ def test_a_torch_without_the_ops_is_declined_and_one_of_them_is_enough():
     assert "built without" in kernel(False, False).declines(torch.float16, cpu, 64)
     assert kernel(True, False).declines(torch.float16, cpu, 64) is None
     assert "up to 128, not 256" in kernel(True, False).declines(torch.float16, cpu, 256)
-    # The estimate for Hopper is cuDNN; what is not there is not chosen.
+    # What is not there is not chosen, whatever the estimates say.
     assert kernel(False, True)._able(64) == ["flash"]
 
 
@@ -363,15 +363,19 @@ def test_the_nearest_shorter_measured_tile_counts():
 
 
 def test_measurements_of_another_gpu_dtype_or_head_dim_do_not_count():
-    rows = [entry(triton=9, cudnn=1)]
-    assert decide(rows, capability=(9, 1)) == decide(rows, head_dim=64) == decide(rows, dtype=torch.float16) == "cudnn"
+    rows = [entry(triton=1, cudnn=9)]
+    assert decide(rows) == "cudnn"
+    assert decide(rows, capability=(9, 1)) == decide(rows, head_dim=64) == decide(rows, dtype=torch.float16) == OWN
 
 
 def test_where_nothing_was_measured_estimates_decide():
-    assert decide([]) == "cudnn"
-    assert decide([], able=("flash",)) == OWN
+    assert decide([]) == OWN
+    assert decide([], capability=BLACKWELL) == "cudnn"
+    assert decide([], capability=BLACKWELL, able=("flash",)) == OWN
     assert decide([], capability=AMPERE) == "flash"
-    assert decide([], capability=(7, 5)) == decide([], capability=(42, 0)) == decide([], num_keys=1023) == OWN
+    for capability in ((7, 5), (42, 0)):
+        assert decide([], capability=capability) == OWN
+    assert decide([], capability=AMPERE, num_keys=1023) == OWN
 
 
 def test_equal_rates_are_decided_by_name_and_not_by_order():

@@ -110,5 +110,5 @@ def test_a_cpu_has_no_streams_to_order():
     assert streams.streams_in_use() is cpu and cpu.mark() is None
     cpu.follow(None)
     cpu.hold([torch.zeros(1)])
-    with cpu.own():
+    with cpu.own(0):
         pass

@@ -22,6 +22,7 @@ from ringspan.arguments import Options, check_documents, check_like, check_tenso
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.contract import Kernel
+from ringspan.kernels.triton_bounds import mask_is_not_captured
 from ringspan.layout import Layout, from_lengths
 from ringspan.problem import Mask, Problem
 from ringspan.schedule.contract import Travels
@@ -74,6 +75,7 @@ def forward(
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
+            _check_capture(q, options, ring)
             job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
         with running(transport):
             return execute.forward(job, channel, q, k, v)
@@ -100,6 +102,7 @@ def backward(
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
+            _check_capture(q, options, ring)
             decided = _decide(channel, agreed, options, q, k)
             # Bounds belong to the queries of a rank, so with them it is the keys that travel.
             travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
@@ -151,6 +154,12 @@ def _interruption_told(transport: Transport):
 
 def _is_captured(device_type: str) -> bool:
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _check_capture(q: Tensor, options: Options, ring: Ring) -> None:
+    """Of a mask that a kernel may refuse to capture, on every rank alike: before any of them has begun."""
+    if (options.cu_seqlens is not None or ring.bounds is not None) and _is_captured(q.device.type):
+        raise mask_is_not_captured()
 
 
 def _agreed(transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring) -> Agreed:

@@ -51,18 +51,22 @@ def bounds(visible: RowIntervals, device: torch.device) -> Bounds:
     if visible.band is not None:
         return _of_band(visible, visible.band, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise UnsupportedError(
-            explain(
-                "this mask cannot be captured into a CUDA graph.",
-                got="rows that see other than a diagonal band: the copy of their intervals to the GPU is not repeated",
-                fix="capture calls without cu_seqlens and bounds, or run this one outside of the graph",
-            )
-        )
+        raise mask_is_not_captured()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     known = _known.setdefault(visible, {})
     if (device, stream) not in known:
         known[device, stream] = _of_arrays(visible, device)
     return known[device, stream]
+
+
+def mask_is_not_captured() -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            "this mask cannot be captured into a CUDA graph.",
+            got="cu_seqlens or bounds: a graph does not repeat the copy of the rows' intervals to the GPU",
+            fix="capture calls without them, or run this one outside of the graph",
+        )
+    )
 
 
 def _of_band(visible: RowIntervals, band: Band, device: torch.device) -> Bounds:

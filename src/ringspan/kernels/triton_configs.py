@@ -25,8 +25,8 @@ class Configs(NamedTuple):
     dkdv: Config
 
 
-# By head_dim, padded: the first that is not smaller. 16-bit elements on GPUs with 227 KiB of shared memory and wgmma; up
-# to 128 the fastest that were tried on an H100.
+# By head_dim, padded: the first that is not smaller. 16-bit elements on GPUs with 227 KiB of shared memory and wgmma;
+# up to 128 the fastest that were tried on an H100.
 _HOPPER = {
     64: Configs(Config(128, 64, 4, 3), Config(64, 64, 4, 3), Config(32, 64, 4, 3)),
     128: Configs(Config(128, 64, 8, 3), Config(64, 64, 4, 2), Config(32, 128, 8, 3)),

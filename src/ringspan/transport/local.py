@@ -104,7 +104,7 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
 
     def work(group: LocalGroup) -> None:
         try:
-            with _entered(group), carry(), streams.own():
+            with _entered(group), carry(), streams.own(group.rank()):
                 streams.follow(begin)
                 results[group.rank()] = fn(group, *args)
                 ends[group.rank()] = streams.mark()

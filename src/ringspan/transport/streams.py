@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class Streams:
     def hold(self, tensors: Sequence[Tensor]) -> None:
         """Their memory is not given out again before the current stream is done with them."""
 
-    def own(self) -> AbstractContextManager:
-        """A new stream of the device that was current where this object was made; current in the block."""
+    def own(self, place: int) -> AbstractContextManager:
+        """The stream of a place, of the device that was current where this object was made; current in the block."""
         return nullcontext()
 
 
@@ -62,10 +63,16 @@ class CudaStreams(Streams):
             x.record_stream(stream)
 
     @contextmanager
-    def own(self):
+    def own(self, place: int):
         # A new thread's current device is the first one, whatever its parent's was.
-        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream(self._device)):
+        with torch.cuda.device(self._device), torch.cuda.stream(_stream(self._device, place)):
             yield
+
+
+@cache
+def _stream(device: int, place: int) -> torch.cuda.Stream:
+    """The same in every call: torch keeps freed memory by stream, and on a new one each tensor is a cudaMalloc."""
+    return torch.cuda.Stream(device)
 
 
 _CPU = Streams()
