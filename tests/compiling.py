@@ -108,7 +108,8 @@ def loops(cubin: bytes) -> list[dict[str, int]]:
             tensor = sum(bool(re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)", x)) for x in body)
             if tensor or sum("FFMA" in x for x in body) > 250:
                 spills = sum(bool(re.search(r"\b(LDL|STL)", x)) for x in body)
-                found.append({"instructions": len(body), "tensor": tensor, "spills": spills})
+                waits = sum("WARPGROUP.DEPBAR" in x for x in body)
+                found.append({"instructions": len(body), "tensor": tensor, "spills": spills, "waits": waits})
     return found
 
 

@@ -20,7 +20,7 @@ from ringspan.commands.asked import Asked, Exit
 from ringspan.commands.attend import num_cores
 from ringspan.commands.report import console
 from ringspan.commands.source import RandomSource
-from ringspan.kernels import measured
+from ringspan.kernels import hopper_kernel, measured
 from ringspan.kernels.table import KERNELS, ROUNDED, TRITON
 from ringspan.kernels.torch_cuda import LIBRARIES, serving
 from ringspan.transport import segments
@@ -103,8 +103,13 @@ def _on_gpus() -> Table:
     general = KERNELS[-1].name
     table.add_row("float64, or head_dim > 256", general, "always")
     table.add_row("all others", general if missing else TRITON.name, missing or "but for these forward tiles:")
-    for capability in () if missing else sorted(here or {(8, 0), (9, 0), (10, 0)}):
+    capabilities = () if missing else sorted(here or {(8, 0), (9, 0), (10, 0)})
+    for capability in capabilities:
         table.add_row(*_only_tile(capability))
+    if hopper_kernel.CAPABILITY in capabilities:
+        reason = hopper_kernel.why_not_there()
+        told = f"the general kernels, since of those for Hopper: {reason}" if reason else "kernels for Hopper, in Gluon"
+        table.add_row("bfloat16, float16 on 9.0", TRITON.name, told)
     return table
 
 

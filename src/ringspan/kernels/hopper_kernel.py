@@ -17,7 +17,7 @@ from ringspan.state import SoftmaxState
 
 # Gluon is an experimental part of Triton, whose names still change: these are the versions it was run or compiled with.
 _VERSIONS = ((3, 6), (3, 9))
-_CAPABILITY = (9, 0)  # the only one with wgmma
+CAPABILITY = (9, 0)  # the only one with wgmma
 _ALIGNMENT_BYTES = 16  # of the copy engine: where a matrix begins, and its strides
 _GROUP_ROWS = 64
 _FEWEST = 64  # rows and keys: fewer fill no group of warps
@@ -53,14 +53,16 @@ _SMALLEST_HEAD_DIM = 40  # below, half a block of 64 would be padding
 
 
 @cache
-def is_there() -> bool:
-    """Whether this Triton is one of those that these kernels are known to work with."""
+def why_not_there() -> str | None:
+    """Why this Triton cannot have these kernels; None where it can."""
     if find_spec("triton") is None:
-        return False
+        return "triton is not installed"
     import triton
 
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    return _VERSIONS[0] <= version <= _VERSIONS[1]
+    oldest, newest = (".".join(map(str, version)) for version in _VERSIONS)
+    if not _VERSIONS[0] <= tuple(int(x) for x in triton.__version__.split(".")[:2]) <= _VERSIONS[1]:
+        return f"they are known to work with Triton {oldest} to {newest}, this is {triton.__version__}"
+    return None
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> bool:
@@ -69,8 +71,8 @@ def serves(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> bool:
     return (
         q.is_cuda
         and q.dtype.itemsize == 2
-        and torch.cuda.get_device_capability(q.device) == _CAPABILITY
-        and is_there()
+        and torch.cuda.get_device_capability(q.device) == CAPABILITY
+        and why_not_there() is None
         and min(q.shape[2], k.shape[2]) >= _FEWEST
         and _SMALLEST_HEAD_DIM <= q.shape[-1] <= max(CONFIGS)
         and (do is None or configs(q.shape[-1])[1].dkdv is not None)
