@@ -70,7 +70,9 @@ RINGSPAN_INLINE Floats store_weights(float* to, const Floats (&row)[kVectors], F
 
 RINGSPAN_INLINE Floats as_seen(Floats weight) {
     const Floats rounded = round_to_bfloat16(weight, weight);
-    return widen_bfloat16(reinterpret_cast<const uint16_t*>(&rounded));
+    uint16_t bits[2 * kLanes];
+    memcpy(bits, &rounded, sizeof bits);
+    return widen_bfloat16(bits);
 }
 
 RINGSPAN_INLINE bool weigh_while_multiplying(const float*, const float*, int64_t, int, int, float, const float*, float*, Sums*, Fetch&) { return false; }
