@@ -137,6 +137,7 @@ def fake_torch(recorder: Recorder) -> SimpleNamespace:
     class Stream:
         def __init__(self, device=None, name=None):
             self.name = name or recorder.new_stream()
+            self.cuda_stream = self.name  # a number on a GPU
 
         def wait_event(self, event):
             recorder.follow(event.clock, self.name)

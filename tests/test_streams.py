@@ -20,8 +20,11 @@ def recorder(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(streams, "torch", fake_torch(recorder))
     monkeypatch.setattr(local, "streams_of", lambda device_type: CudaStreams())
+    monkeypatch.setattr(streams, "_on_gpu", lambda x: True)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorder.hold(x, stream.name), raising=False)
-    return recorder
+    streams._stream.cache_clear()  # of another recorder
+    yield recorder
+    streams._stream.cache_clear()
 
 
 def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None):
@@ -84,6 +87,37 @@ def test_without_any_one_of_its_events_a_ring_of_threads_has_races(recorder, mon
     monkeypatch.setattr(CudaStreams, name, sometimes)
     ring_of_threads(recorder)
     assert left_out and recorder.races
+
+
+def rings_inside_of_rings(recorder) -> list[tuple[str, list[str]]]:
+    """Each worker's stream, and those of the ring that it runs, whose results it reads."""
+
+    def inner(group):
+        with Watched(recorder):
+            return recorder.current, torch.ones(3)
+
+    def outer(group):
+        with Watched(recorder):
+            found = run_local(inner, 2)
+            for _, x in found:
+                x.add_(1)
+            return recorder.current, [stream for stream, _ in found]
+
+    return run_local(outer, 2)
+
+
+def test_rings_inside_of_rings_have_streams_of_their_own_and_their_results_are_held(recorder):
+    found = rings_inside_of_rings(recorder)
+    every = [stream for outer, inner in found for stream in (outer, *inner)]
+    assert len(set(every)) == 6
+    assert recorder.races == []
+    assert rings_inside_of_rings(recorder) == found, "and the same in the next call"
+
+
+def test_results_that_nobody_holds_are_noticed(recorder, monkeypatch):
+    monkeypatch.setattr(CudaStreams, "hold", lambda self, tensors: None)
+    rings_inside_of_rings(recorder)
+    assert any("without holding it" in race for race in recorder.races)
 
 
 def test_workers_run_backward_in_their_own_thread_on_every_device():

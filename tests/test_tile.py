@@ -196,3 +196,12 @@ def test_a_causal_diagonal_that_the_edge_clips_comes_out_as_a_diagonal_and_a_rec
 
 def test_a_full_tile_is_one_piece():
     assert list(RowIntervals(4, 6).pieces()) == [Piece(slice(0, 4), 0, 6, 0, 0)]
+
+
+def test_only_intervals_of_few_rows_are_kept():
+    """A tile of a million rows that were kept would be 16 MiB, and 64 of them a gibibyte."""
+    for num_rows, kept in ((100, True), (1 << 17, False)):
+        mask = Mask(num_rows, num_rows, right=0, cu_seqlens=(0, 7, num_rows))
+        tile = Tile(range(num_rows), range(num_rows), 0, 0, mask)
+        assert tile.intervals().band is None
+        assert (tile.intervals() is tile.intervals()) == kept

@@ -215,9 +215,6 @@ class Tile:
         return Band(lower, upper)
 
 
-@lru_cache(
-    maxsize=64
-)  # the layers of a model ask for the same ones; of a long sequence each is as large as a row of it
 def _looked_up(tile: Tile) -> RowIntervals:
     """The intervals of a tile that is no band."""
     positions = np.arange(tile.queries.start, tile.queries.stop, tile.queries.step, dtype=np.int64)

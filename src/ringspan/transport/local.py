@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from ringspan.errors import ArgumentError, RankFailedError, RingspanError, UnsupportedError, WorkerError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
@@ -126,6 +127,7 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
             raise
     for end in ends:
         streams.follow(end)
+    streams.hold([x for x in tree_leaves(results) if isinstance(x, torch.Tensor)])
     if board.failure is not None:
         _raise_failure(*board.failure)
     return results

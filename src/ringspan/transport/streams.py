@@ -38,7 +38,10 @@ class Streams:
         """Their memory is not given out again before the current stream is done with them."""
 
     def own(self, place: int) -> AbstractContextManager:
-        """The stream of a place, of the device that was current where this object was made; current in the block."""
+        """A place's stream, of the device and beside the stream that were current where this object was made.
+
+        It is current in the block.
+        """
         return nullcontext()
 
 
@@ -47,6 +50,7 @@ class CudaStreams(Streams):
 
     def __init__(self) -> None:
         self._device = torch.cuda.current_device()
+        self._beside = torch.cuda.current_stream(self._device).cuda_stream
 
     def mark(self) -> Any:
         mark = torch.cuda.Event()
@@ -59,19 +63,26 @@ class CudaStreams(Streams):
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
         stream = torch.cuda.current_stream(self._device)
-        for x in tensors:
+        for x in filter(_on_gpu, tensors):
             x.record_stream(stream)
 
     @contextmanager
     def own(self, place: int):
         # A new thread's current device is the first one, whatever its parent's was.
-        with torch.cuda.device(self._device), torch.cuda.stream(_stream(self._device, place)):
+        with torch.cuda.device(self._device), torch.cuda.stream(_stream(self._device, self._beside, place)):
             yield
 
 
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 @cache
-def _stream(device: int, place: int) -> torch.cuda.Stream:
-    """The same in every call: torch keeps freed memory by stream, and on a new one each tensor is a cudaMalloc."""
+def _stream(device: int, beside: int, place: int) -> torch.cuda.Stream:
+    """The same in every call: torch keeps freed memory by stream, and on a new one each tensor is a cudaMalloc.
+
+    beside: the caller's. Rings inside of the workers of a ring must not share theirs, nor take those of the workers.
+    """
     return torch.cuda.Stream(device)
 
 
