@@ -6,7 +6,19 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from kernel_behaviour import STORAGES, VISIBLE, KernelBehaviour, backward, forward, make_tile, peak_bytes
+from kernel_behaviour import (
+    BATCH,
+    HEADS,
+    STORAGES,
+    VISIBLE,
+    KernelBehaviour,
+    backward,
+    empty_gradients,
+    forward,
+    make_tile,
+    peak_bytes,
+    row_constants,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -203,3 +215,27 @@ def test_row_ranges_find_the_blocks_that_see_all():
     found = row_ranges(*edges, 200, 1, 16, 16)[0, 0].tolist()
     assert found[0] == [0, 1, 2, 3]
     assert found[4] == [4, 5, 12, 13]
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "any intervals of each head"])
+def test_flagged_blocks_are_taken_in_and_no_others(kind):
+    """As the kernels for Hopper leave them: blocks of 64 rows or keys in which a hidden NaN may have come."""
+    tile = make_tile(VISIBLE[kind](150, 140), batch=BATCH, heads=HEADS, kv_heads=2, dim=16)
+    known, inputs = bounds(tile.visible, torch.device("cpu")), (tile.q, tile.k, tile.v)
+    of_rows, of_keys = torch.randint(2, (BATCH, HEADS, 3)).int(), torch.randint(2, (BATCH, 2, 3)).int()
+    assert 0 < of_rows.sum() < of_rows.numel() and 0 < of_keys.sum() < of_keys.numel()
+    rows = of_rows.bool().repeat_interleave(64, 2)[..., :150, None]
+    keys = of_keys.bool().repeat_interleave(64, 2)[..., :140, None]
+
+    full, flagged = SoftmaxState.empty(tile.q), SoftmaxState.empty(tile.q)
+    kernel = Triton()
+    kernel.absorb(full, *inputs, tile.visible, tile.scale)
+    kernel._absorb(flagged, *inputs, known, tile.scale * np.log2(np.e), False, of_rows)
+    expected = torch.where(rows, full.finalize(tile.q.dtype)[0], 0.0)
+    torch.testing.assert_close(flagged.finalize(tile.q.dtype)[0], expected, rtol=1e-5, atol=1e-5)
+
+    lse, delta = row_constants(kernel, tile)
+    found = empty_gradients(tile)
+    kernel._absorb_gradient(*found, *inputs, tile.do, lse, delta, known, tile.scale, (of_keys, of_rows))
+    for mine, whole, chosen in zip(found, backward(kernel, tile, lse, delta), (rows, keys, keys), strict=True):
+        torch.testing.assert_close(mine, torch.where(chosen, whole, 0.0), rtol=1e-4, atol=1e-5)
