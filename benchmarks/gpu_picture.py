@@ -3,7 +3,7 @@
     python benchmarks/gpu_picture.py             # docs/gpu-ring.png, for docs/gpus.md
     python benchmarks/gpu_picture.py --draw FILE # the same from a trace that is there
 
-A ring of four ranks on one GPU, striped and causal, forward and backward: each rank's kernels on a row of their own,
+A ring of four ranks on one GPU, striped and causal, forward and backward: each stream's kernels on a row of their own,
 as torch.profiler saw them.
 """
 
@@ -61,14 +61,14 @@ def draw(file: Path, picture: Path) -> None:
     for event in json.loads(file.read_text())["traceEvents"]:
         if event.get("cat") == "kernel":
             rows[event["args"]["stream"]].append((event["ts"], event["dur"], event["name"]))
-    # The streams of the ranks are those that run our kernels; a rank makes new ones in each call.
-    ours = sorted((stream for stream in rows if any("absorb" in name for *_, name in rows[stream])), key=lambda s: s)
+    # The streams of the ranks are those that run our kernels; which rank has which, the trace does not say.
+    ours = sorted(stream for stream in rows if any("absorb" in name for *_, name in rows[stream]))
     begin = min(start for stream in ours for start, _, _ in rows[stream])
     figure, axes = plt.subplots(figsize=(11, 0.55 * len(ours) + 1.4), constrained_layout=True)
     for place, stream in enumerate(ours):
-        for (part, _, color), spans in _by_kind(rows[stream], begin).items():
-            axes.broken_barh(spans, (place - 0.4, 0.8), color=color, linewidth=0.3, edgecolor="white", label=part)
-    axes.set_yticks(range(len(ours)), [f"rank {place}" for place in range(len(ours))])
+        for color, spans in _by_color(rows[stream], begin).items():
+            axes.broken_barh(spans, (place - 0.4, 0.8), color=color, linewidth=0.3, edgecolor="white")
+    axes.set_yticks(range(len(ours)), [f"stream {stream}" for stream in ours])
     axes.invert_yaxis()
     axes.set_xlabel("ms on the GPU")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color) for _, _, color in KINDS]
@@ -77,14 +77,12 @@ def draw(file: Path, picture: Path) -> None:
     print(f"{picture}: {len(ours)} streams")
 
 
-def _by_kind(
-    kernels: Sequence[tuple[float, float, str]], begin: float
-) -> dict[tuple[str, str, str], list[tuple[float, float]]]:
+def _by_color(kernels: Sequence[tuple[float, float, str]], begin: float) -> dict[str, list[tuple[float, float]]]:
     """Spans (start, length) in ms."""
-    found: dict[tuple[str, str, str], list[tuple[float, float]]] = defaultdict(list)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for start, length, name in kernels:
-        kind = next(kind for kind in KINDS if kind[0] in name)
-        found[kind].append(((start - begin) / 1e3, length / 1e3))
+        color = next(color for part, _, color in KINDS if part in name)
+        found[color].append(((start - begin) / 1e3, length / 1e3))
     return found
 
 

@@ -183,7 +183,7 @@ class Tile:
 
     def intervals(self) -> RowIntervals:
         """Local key indices that each row sees."""
-        return self._in_band or (_known if len(self.queries) <= _KEPT_ROWS else _looked_up)(self)
+        return self._in_band or (_kept_intervals if len(self.queries) <= _KEPT_ROWS else _intervals)(self)
 
     @property
     def kind(self) -> Kind:
@@ -215,7 +215,7 @@ class Tile:
         return Band(lower, upper)
 
 
-def _looked_up(tile: Tile) -> RowIntervals:
+def _intervals(tile: Tile) -> RowIntervals:
     """The intervals of a tile that is no band."""
     positions = np.arange(tile.queries.start, tile.queries.stop, tile.queries.step, dtype=np.int64)
     lo, hi = (
@@ -228,7 +228,7 @@ def _looked_up(tile: Tile) -> RowIntervals:
 
 # All layers of a model ask for the same ones. Up to 1 MiB each.
 _KEPT_ROWS = 1 << 16
-_known = lru_cache(maxsize=64)(_looked_up)
+_kept_intervals = lru_cache(maxsize=64)(_intervals)
 
 
 def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> tuple[Tile, ...]:

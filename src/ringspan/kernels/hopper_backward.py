@@ -14,12 +14,16 @@ from ringspan.kernels.hopper_blocks import (
     GROUP_ROWS,
     add_to,
     block_at,
+    clear_flags,
     copy_block,
     fetch,
+    flags_of,
     has_nan,
     key_blocks,
     make_ring,
     matrix_of,
+    of_head,
+    program_of_rows,
     release,
     row_blocks,
     seen_keys,
@@ -80,18 +84,13 @@ def absorb_dq_kernel(
     """
     KEYS: gl.constexpr = k_descriptor.block_type.shape[2]
     ROWS: gl.constexpr = _GROUPS * GROUP_ROWS
-    num_blocks = gl.cdiv(num_rows, ROWS)
-    start = (num_blocks - 1 - gl.program_id(0) % num_blocks) * ROWS
-    batch, head = gl.program_id(0) // num_blocks // num_heads, gl.program_id(0) // num_blocks % num_heads
-    stop = gl.minimum(start + ROWS, num_rows)
-    lo += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
-    hi += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
+    batch, head, start, stop = program_of_rows(num_rows, num_heads, ROWS)
+    lo, hi = of_head(lo, batch, head, bound_strides), of_head(hi, batch, head, bound_strides)
     rule = (num_rows, num_keys, lower, upper, hides, lo, hi, bound_strides[2])
     blocks = key_blocks(start, stop, rule, ROWS, KEYS, BAND)
-    flags += gl.program_id(0) // num_blocks * gl.cdiv(num_rows, GROUP_ROWS) + start // GROUP_ROWS
+    flags = flags_of(flags, batch, head, num_heads, start, num_rows)
     if blocks[0] >= blocks[3]:
-        for member in gl.static_range(_GROUPS):
-            gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < num_rows)
+        clear_flags(flags, start, num_rows, _GROUPS)
         return
     qs = gl.allocate_shared_memory(q_descriptor.dtype, [_GROUPS] + q_descriptor.block_type.shape, q_descriptor.layout)
     dos = gl.allocate_shared_memory(q_descriptor.dtype, [_GROUPS] + q_descriptor.block_type.shape, q_descriptor.layout)
@@ -100,9 +99,9 @@ def absorb_dq_kernel(
     k_ring = make_ring(k_descriptor, STAGES, 1, _GROUPS)
     v_ring = make_ring(v_descriptor, STAGES, 1, _GROUPS)
 
-    dq += batch.to(gl.int64) * dq_strides[0] + head.to(gl.int64) * dq_strides[1]
-    lse += batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1]
-    delta += batch.to(gl.int64) * delta_strides[0] + head.to(gl.int64) * delta_strides[1]
+    dq = of_head(dq, batch, head, dq_strides)
+    lse = of_head(lse, batch, head, lse_strides)
+    delta = of_head(delta, batch, head, delta_strides)
     constants = (lse, lse_strides[2], delta, delta_strides[2])
     inputs = (qs, dos, q_ready, k_ring, v_ring)
     descriptors = (q_descriptor, k_descriptor, v_descriptor, do_descriptor)
@@ -141,20 +140,9 @@ def _fetch_keys(start, blocks, batch, head, kv_head, descriptors, inputs):
 
 @gluon.jit
 def _pull_of_keys(
-    member,
-    start,
-    blocks,
-    rule,
-    constants,
-    inputs,
-    dq,
-    dq_strides,
-    flags,
-    scale,
-    factor,
-    HEAD_DIM: gl.constexpr,
-    BAND: gl.constexpr,
-):
+    member, start, blocks, rule, constants, inputs, dq, dq_strides, flags, scale, factor,
+    HEAD_DIM: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
     """One group's 64 rows: sum_j ds_ij k_j over all blocks of keys. A block's sum runs while the next ds is made."""
     qs, dos, q_ready, k_ring, v_ring = inputs
     DIMS: gl.constexpr = qs.shape[4]
@@ -266,16 +254,14 @@ def absorb_dkdv_kernel(
     start = gl.program_id(0) % num_blocks * KEYS
     batch, kv_head = gl.program_id(0) // num_blocks // num_kv_heads, gl.program_id(0) // num_blocks % num_kv_heads
     stop = gl.minimum(start + KEYS, num_keys)
-    flags += gl.program_id(0) // num_blocks * gl.cdiv(num_keys, GROUP_ROWS) + start // GROUP_ROWS
+    flags = flags_of(flags, batch, kv_head, num_kv_heads, start, num_keys)
     lo += batch.to(gl.int64) * bound_strides[0]
     hi += batch.to(gl.int64) * bound_strides[0]
-    ranges += batch.to(gl.int64) * range_strides[0] + kv_head.to(gl.int64) * range_strides[1]
-    ranges += start // KEYS * range_strides[2]
+    ranges = of_head(ranges, batch, kv_head, range_strides) + start // KEYS * range_strides[2]
     rule = (num_rows, num_keys, lower, upper, hides, lo, hi, bound_strides[2])
     blocks = row_blocks(start, stop, rule, ranges, ROWS, BAND)
     if blocks[0] >= blocks[3]:
-        for member in gl.static_range(_GROUPS):
-            gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < num_keys)
+        clear_flags(flags, start, num_keys, _GROUPS)
         return
     heads = (kv_head * group, group, bound_strides[1])
     ks = gl.allocate_shared_memory(k_descriptor.dtype, [_GROUPS] + k_descriptor.block_type.shape, k_descriptor.layout)
@@ -291,8 +277,8 @@ def absorb_dkdv_kernel(
     firsts = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], FLAT)
     lasts = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], FLAT)
 
-    dk += batch.to(gl.int64) * dk_strides[0] + kv_head.to(gl.int64) * dk_strides[1]
-    dv += batch.to(gl.int64) * dv_strides[0] + kv_head.to(gl.int64) * dv_strides[1]
+    dk = of_head(dk, batch, kv_head, dk_strides)
+    dv = of_head(dv, batch, kv_head, dv_strides)
     lse += batch.to(gl.int64) * lse_strides[0]
     delta += batch.to(gl.int64) * delta_strides[0]
     constants = (lse, lse_strides[1], lse_strides[2], delta, delta_strides[1], delta_strides[2])
@@ -387,21 +373,9 @@ def _pull_of_rows(
     for index in range(num_whole * heads[1], (num_whole + num_partial) * heads[1]):
         of_group, block = _step_at(index, heads[1], blocks)
         gradient_k, gradient_v = _pull_of_block(
-            gradient_k,
-            gradient_v,
-            index,
-            k,
-            v,
-            first_key,
-            block * ROWS,
-            rule,
-            inputs,
-            factor,
-            True,
-            BAND,
-            SCORES,
-            PULLS,
-        )
+            gradient_k, gradient_v, index, k, v, first_key, block * ROWS,
+            rule, inputs, factor, True, BAND, SCORES, PULLS,
+        )  # fmt: skip
 
     leaked = 0
     if hides > 0:
@@ -434,6 +408,8 @@ def _pull_of_block(
     if MASKED:
         weights = _seen_only_of_rows(weights, key, row, rule, firsts.index(slot), lasts.index(slot), ROWS, BAND, SCORES)
     weight = gl.convert_layout(weights.to(ks.dtype), PULLS)
+    # Either way the weights are rounded before pulls are waited for, or the compiler takes half of their exponentials
+    # late (docs/decisions/0014-hopper.md).
     if ROWS > GROUP_ROWS:
         pulls, weight = warpgroup_mma_wait(0, deps=(pulls, weight))
     gradient_v = warpgroup_mma(weight, do, gradient_v, is_async=True)

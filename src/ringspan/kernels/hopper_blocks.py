@@ -14,10 +14,40 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
+from ringspan.kernels import triton_configs
+
 # Triton 3.9 has another name for it than 3.6.
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
-GROUP_ROWS = gl.constexpr(64)  # of one group of warps: what its matrix instruction takes
+GROUP_ROWS = gl.constexpr(triton_configs.GROUP_ROWS)
+
+
+@gluon.jit
+def program_of_rows(num_rows, num_heads, ROWS: gl.constexpr):
+    """(batch entry, head, start, stop) of a program that has a block of rows of one head."""
+    num_blocks = gl.cdiv(num_rows, ROWS)
+    # Under a causal mask the last rows have most to do: they come first, so that none of them ends alone.
+    start = (num_blocks - 1 - gl.program_id(0) % num_blocks) * ROWS
+    batch, head = gl.program_id(0) // num_blocks // num_heads, gl.program_id(0) // num_blocks % num_heads
+    return batch, head, start, gl.minimum(start + ROWS, num_rows)
+
+
+@gluon.jit
+def of_head(base, batch, head, strides):
+    """Where a head's matrix, or row of numbers, begins."""
+    return base + (batch.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1])
+
+
+@gluon.jit
+def flags_of(flags, batch, head, num_heads, start, length):
+    """Where a program's flags are: [B, H, groups of GROUP_ROWS of `length` rows], from row `start` on."""
+    return flags + ((batch * num_heads + head) * gl.cdiv(length, GROUP_ROWS) + start // GROUP_ROWS)
+
+
+@gluon.jit
+def clear_flags(flags, start, length, GROUPS: gl.constexpr):
+    for member in gl.static_range(GROUPS):
+        gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < length)
 
 
 @gluon.jit

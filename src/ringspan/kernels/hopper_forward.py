@@ -14,12 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from ringspan.kernels.hopper_blocks import (
     GROUP_ROWS,
     block_at,
+    clear_flags,
     copy_block,
     fetch,
+    flags_of,
     has_nan,
     key_blocks,
     make_ring,
     matrix_of,
+    of_head,
+    program_of_rows,
     release,
     seen_keys,
     start_scores,
@@ -71,19 +75,13 @@ def absorb_kernel(
     """
     ROWS: gl.constexpr = GROUPS * GROUP_ROWS
     KEYS: gl.constexpr = k_descriptor.block_type.shape[2]
-    num_blocks = gl.cdiv(num_rows, ROWS)
-    # Under a causal mask the last rows have most to do: they come first, so that none of them ends alone.
-    start = (num_blocks - 1 - gl.program_id(0) % num_blocks) * ROWS
-    batch, head = gl.program_id(0) // num_blocks // num_heads, gl.program_id(0) // num_blocks % num_heads
-    stop = gl.minimum(start + ROWS, num_rows)
-    lo += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
-    hi += batch.to(gl.int64) * bound_strides[0] + head.to(gl.int64) * bound_strides[1]
+    batch, head, start, stop = program_of_rows(num_rows, num_heads, ROWS)
+    lo, hi = of_head(lo, batch, head, bound_strides), of_head(hi, batch, head, bound_strides)
     rule = (num_rows, num_keys, lower, upper, hides, lo, hi, bound_strides[2])
     blocks = key_blocks(start, stop, rule, 4 * GROUP_ROWS, KEYS, BAND)
-    flags += gl.program_id(0) // num_blocks * gl.cdiv(num_rows, GROUP_ROWS) + start // GROUP_ROWS
+    flags = flags_of(flags, batch, head, num_heads, start, num_rows)
     if blocks[0] >= blocks[3]:
-        for member in gl.static_range(GROUPS):
-            gl.store(flags + member, 0, mask=start + member * GROUP_ROWS < num_rows)
+        clear_flags(flags, start, num_rows, GROUPS)
         return
     qs = gl.allocate_shared_memory(q_descriptor.dtype, [GROUPS] + q_descriptor.block_type.shape, q_descriptor.layout)
     q_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -91,9 +89,9 @@ def absorb_kernel(
     k_ring = make_ring(k_descriptor, STAGES, 1, GROUPS)
     v_ring = make_ring(v_descriptor, STAGES, 1, GROUPS)
 
-    acc += batch.to(gl.int64) * acc_strides[0] + head.to(gl.int64) * acc_strides[1]
-    row_max += batch.to(gl.int64) * max_strides[0] + head.to(gl.int64) * max_strides[1]
-    row_sum += batch.to(gl.int64) * sum_strides[0] + head.to(gl.int64) * sum_strides[1]
+    acc = of_head(acc, batch, head, acc_strides)
+    row_max = of_head(row_max, batch, head, max_strides)
+    row_sum = of_head(row_sum, batch, head, sum_strides)
     state = (acc, acc_strides[2], acc_strides[3], row_max, max_strides[2], row_sum, sum_strides[2])
     inputs = (qs, q_ready, k_ring, v_ring)
     descriptors = (q_descriptor, k_descriptor, v_descriptor)

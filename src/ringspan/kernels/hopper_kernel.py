@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ringspan.kernels.triton_bounds import Bounds, common
+from ringspan.kernels.triton_bounds import Bounds
+from ringspan.kernels.triton_configs import GROUP_ROWS
 from ringspan.kernels.triton_launch import launch
 from ringspan.state import SoftmaxState
 
@@ -19,7 +20,6 @@ from ringspan.state import SoftmaxState
 _VERSIONS = ((3, 6), (3, 9))
 CAPABILITY = (9, 0)  # the only one with wgmma
 _ALIGNMENT_BYTES = 16  # of the copy engine: where a matrix begins, and its strides
-_GROUP_ROWS = 64
 _FEWEST = 64  # rows and keys: fewer fill no group of warps
 _LARGEST_STRIDE = 2**40  # bytes
 
@@ -109,9 +109,9 @@ def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, known: Bounds, 
     _launch(
         absorb_kernel,
         config,
-        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * _GROUP_ROWS)),
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (config.groups * GROUP_ROWS)),
         *tensors,
-        _descriptor(q, _GROUP_ROWS, dims),
+        _descriptor(q, GROUP_ROWS, dims),
         _descriptor(k, config.block, dims),
         _descriptor(v, config.block, dims),
         known.lo,
@@ -125,7 +125,7 @@ def absorb(state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, known: Bounds, 
         factor=factor,
         HEAD_DIM=q.shape[-1],
         GROUPS=config.groups,
-        **common(known),
+        **known.common,
     )
     return flags if known.hides else None
 
@@ -150,18 +150,18 @@ def absorb_gradient(
     assert for_dq is not None and for_dkdv is not None, "serves says so"
     group = q.shape[1] // k.shape[1]
     numbers = {"scale": scale, "factor": scale * math.log2(math.e), "group": group}
-    numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | common(known)
+    numbers |= {"hides": int(known.hides), "HEAD_DIM": q.shape[-1]} | known.common
     of_keys, of_rows = _flags(k), _flags(q)
     bounded = (lse, delta, known.lo, known.hi)
     strides = (lse.stride(), delta.stride(), known.strides)
 
-    ranges, range_strides = known.ranges(group, for_dkdv.groups * _GROUP_ROWS, for_dkdv.block)
+    ranges, range_strides = known.ranges(group, for_dkdv.groups * GROUP_ROWS, for_dkdv.block)
     _launch(
         absorb_dkdv_kernel,
         for_dkdv,
-        k.shape[0] * k.shape[1] * -(-k.shape[2] // (for_dkdv.groups * _GROUP_ROWS)),
+        k.shape[0] * k.shape[1] * -(-k.shape[2] // (for_dkdv.groups * GROUP_ROWS)),
         *(dk, dv),
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, for_dkdv.block, _GROUP_ROWS)),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, for_dkdv.block, GROUP_ROWS)),
         *(*bounded, ranges, of_keys),
         *(dk.stride(), dv.stride(), *strides, range_strides),
         num_kv_heads=k.shape[1],
@@ -170,9 +170,9 @@ def absorb_gradient(
     _launch(
         absorb_dq_kernel,
         for_dq,
-        q.shape[0] * q.shape[1] * -(-q.shape[2] // (for_dq.groups * _GROUP_ROWS)),
+        q.shape[0] * q.shape[1] * -(-q.shape[2] // (for_dq.groups * GROUP_ROWS)),
         dq,
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, _GROUP_ROWS, for_dq.block)),
+        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, GROUP_ROWS, for_dq.block)),
         *(*bounded, of_rows),
         *(dq.stride(), *strides),
         num_heads=q.shape[1],
@@ -188,7 +188,7 @@ def _blocks_of(
 
 
 def _flags(x: Tensor) -> Tensor:
-    return torch.empty((*x.shape[:2], -(-x.shape[2] // _GROUP_ROWS)), dtype=torch.int32, device=x.device)
+    return torch.empty((*x.shape[:2], -(-x.shape[2] // GROUP_ROWS)), dtype=torch.int32, device=x.device)
 
 
 def _descriptor(x: Tensor, length: int, dims: int) -> Any:

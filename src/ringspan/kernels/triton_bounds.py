@@ -28,6 +28,11 @@ class Bounds:
     hides: bool  # whether any row does not see all keys
     _ranges: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """The arguments that all kernels have of it."""
+        return self.rule | {"BAND": self.is_band}
+
     def ranges(self, group: int, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
         """(which row blocks see a block of keys, [B, K, key blocks, 4], its strides of the first three axes)."""
         if self.is_band:
@@ -89,8 +94,3 @@ def _of_arrays(visible: RowIntervals, device: torch.device) -> Bounds:
 
 def _rule(visible: RowIntervals, lower: int, upper: int) -> dict[str, int]:
     return {"num_rows": visible.num_rows, "num_keys": visible.num_keys, "lower": lower, "upper": upper}
-
-
-def common(known: Bounds) -> dict[str, Any]:
-    """The arguments that all kernels have of it."""
-    return known.rule | {"BAND": known.is_band}

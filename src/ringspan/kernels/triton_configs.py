@@ -44,8 +44,10 @@ _FLOAT32 = {
     128: Configs(Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(16, 32, 8, 1)),
     256: Configs(Config(16, 16, 8, 1), Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-# For blocks of 64 rows or keys of which a kernel for Hopper says that a hidden NaN may have come in: hardly ever run.
-FLAGGED = Config(64, 64, 8, 1)
+# Rows (or keys) of one group of warps of a kernel for Hopper: what its matrix instruction takes.
+GROUP_ROWS = 64
+# For a group's rows or keys of which such a kernel says that a hidden NaN may have come in: hardly ever run.
+FLAGGED = Config(GROUP_ROWS, GROUP_ROWS, 8, 1)
 # The interpreter: the fewer blocks the better.
 _INTERPRETER = Config(128, 128, 4, 1)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ringspan.kernels import hopper_kernel
 from ringspan.kernels.contract import TileByTile
-from ringspan.kernels.triton_bounds import Bounds, bounds, common
+from ringspan.kernels.triton_bounds import Bounds, bounds
 from ringspan.kernels.triton_configs import FLAGGED, Config, Configs, configs
 from ringspan.kernels.triton_launch import launch
 from ringspan.state import SoftmaxState
@@ -86,7 +86,7 @@ class Triton(TileByTile):
             factor=factor,
             FLIPPED=flipped,
             FLAGGED=flags is not None,
-            **common(known),
+            **known.common,
             **_sizes(q),
         )
 
@@ -136,7 +136,7 @@ class Triton(TileByTile):
         inputs = (q, k, v, do, lse, delta)
         numbers = {"scale": scale, "factor": scale * math.log2(math.e), "FLAGGED": flags is not None}
         group = q.shape[1] // k.shape[1]
-        numbers |= {"group": group} | common(known) | _sizes(q)
+        numbers |= {"group": group} | known.common | _sizes(q)
         bounded = (known.lo, known.hi)
 
         tensors: tuple[Tensor, ...] = (dk, dv, *inputs)
