@@ -173,11 +173,11 @@ class Tile:
     key_start: int
     mask: Mask
 
-    @property
+    @cached_property
     def rows(self) -> slice:
         return slice(self.row_start, self.row_start + len(self.queries))
 
-    @property
+    @cached_property
     def columns(self) -> slice:
         return slice(self.key_start, self.key_start + len(self.keys))
 

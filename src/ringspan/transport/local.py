@@ -11,7 +11,6 @@ import os
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -377,21 +376,23 @@ class _LocalChannel(Channel):
         return _LocalPending(self, index, lane, receives)
 
     def _lend(self, index: int, lane: int, sends: Sequence[tuple[int, Parcel]], ready: Any) -> None:
-        owners = [self.rank if parcel.owner is None else parcel.owner for _, parcel in sends]
-        for owner, count in Counter(owners).items():  # before any of them can be released
-            self._count_readers(owner, count)
         box = self._board.boxes[self._group_rank]
-        with box.changed:
-            for (peer, parcel), owner in zip(sends, owners, strict=True):
-                box.parcels[(self._call, self._members[peer], index, lane)] = Parcel(parcel.tensors, owner, ready)
-            box.changed.notify_all()
+        for parcel, peers in _by_parcel(sends):
+            owner = self.rank if parcel.owner is None else parcel.owner
+            self._count_readers(owner, len(peers))  # before any of them can release it
+            keys = [(self._call, self._members[peer], index, lane) for peer in peers]
+            with box.changed:
+                box.parcels.update(dict.fromkeys(keys, Parcel(parcel.tensors, owner, ready)))
+                box.changed.notify_all()
 
     def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
         source = self._members[peer]
         box = self._board.boxes[source]
         key = (self._call, self._group_rank, index, lane)
-        self._wait(box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}")
-        parcel = box.parcels.pop(key)
+        parcel = box.parcels.pop(key, None)
+        if parcel is None:
+            self._wait(box, lambda: key in box.parcels, lambda: f"rank {source} in step {index} of call {self._call}")
+            parcel = box.parcels.pop(key)
         _check_device(parcel, source, spec)
         self._streams.follow(parcel.ready)
         self._streams.hold(parcel.tensors)
@@ -449,6 +450,14 @@ class _LocalChannel(Channel):
             yield
         finally:
             self._permits.take()
+
+
+def _by_parcel(sends: Sequence[tuple[int, Parcel]]) -> list[tuple[Parcel, list[int]]]:
+    """Each parcel with the peers that it goes to: most often one goes to all."""
+    found: dict[int, tuple[Parcel, list[int]]] = {}
+    for peer, parcel in sends:
+        found.setdefault(id(parcel), (parcel, []))[1].append(peer)
+    return list(found.values())
 
 
 def _check_device(parcel: Parcel, source: int, spec: Spec) -> None:
