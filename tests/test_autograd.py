@@ -114,9 +114,9 @@ def test_the_custom_ops_pass_the_checks_of_torch_library(op):
     q, k, v = (x.detach() for x in tensors())
     options = (None, "alone", "contiguous", -1, 0, None, "auto", "auto", True, "")
     if op == "attend":
-        args = (q, k, v, *options)
+        args = (q, k, v, torch.zeros(q.shape[1], requires_grad=True), *options)
     else:
-        out, lse = torch.ops.ringspan.attend(q, k, v, *options)
+        out, lse = torch.ops.ringspan.attend(q, k, v, None, *options)
         args = (torch.randn_like(out), None, q, k, v, out, lse, *options)
     torch.library.opcheck(getattr(torch.ops.ringspan, op).default, args)
 
@@ -154,7 +154,7 @@ def test_ranks_that_differ_in_what_requires_grad_are_told():
         q, k, v = tensors()
         if group.rank() == 1:
             k = k.detach()
-        with pytest.raises(ringspan.DisagreementError, match="which of q, k, v require grad"):
+        with pytest.raises(ringspan.DisagreementError, match="which of q, k, v and sinks require grad"):
             ringspan.ring_attention(q, k, v)
 
     run_local(work, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan import call, reshard
-from ringspan.arguments import check_alike, check_tensor, documents_tensor, normalised_options
+from ringspan.arguments import check_alike, check_sinks, check_tensor, documents_tensor, normalised_options
 from ringspan.autograd import attend
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
@@ -21,6 +21,7 @@ class _Options(TypedDict, total=False):
     causal: bool
     window_size: tuple[int, int]
     cu_seqlens: Sequence[int] | Tensor | None
+    sinks: Tensor | None
     layout: str
     softmax_scale: float | None
     kernel: str
@@ -49,6 +50,7 @@ def ring_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     cu_seqlens: Sequence[int] | Tensor | None = None,
+    sinks: Tensor | None = None,
     layout: str = "contiguous",
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -72,6 +74,10 @@ def ring_attention(
         window_size: (left, right): query p sees keys p - left .. p + right; -1 is unbounded.
         cu_seqlens: global document boundaries (0, ..., total), for every batch entry: a query sees its own
             document. Any lengths; a boundary may repeat.
+        sinks: [H], floating point: a learned score for each query head that every query has beside those of its
+            keys, and that has no value: exp(sinks[h]) more in the denominators of softmax, and in lse. The same on
+            every rank, which is not compared; its gradient is of this rank's queries, to be summed over ranks as
+            those of other parameters are.
         layout: "contiguous", "striped" or "zigzag": which tokens this rank's shard holds (see `shard`). The
             last two balance causal work. A mask or such a layout needs as many queries as keys in all.
         softmax_scale: default D ** -0.5.
@@ -84,8 +90,8 @@ def ring_attention(
 
     Returns:
         out [B, H, T_local, D] in q's dtype; with return_lse (out, lse), lse [B, H, T_local] in float32 (float64
-        for float64 inputs). A query that sees no key has out 0 and lse -inf. Both are differentiable, once. On
-        return no rank reads this rank's tensors any more.
+        for float64 inputs). A query that sees no key has out 0 and lse -inf (or its sink). Both are differentiable,
+        once. On return no rank reads this rank's tensors any more.
 
     Raises:
         ArgumentError, LayoutError (ValueError), ArgumentTypeError (TypeError), UnsupportedError
@@ -99,6 +105,7 @@ def ring_attention(
         q, k, v = _autocast(q, k, v)
         if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
             check_alike(q, k, v)
+        check_sinks(sinks, q)
         documents = documents_tensor(cu_seqlens)
         options = normalised_options(
             causal=causal,
@@ -109,7 +116,7 @@ def ring_attention(
             kernel=kernel,
             transport=transport,
             agreement=agreement,
-            gradients=_gradients(q, k, v),
+            gradients=_gradients(q=q, k=k, v=v, sinks=sinks),
         )
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
@@ -121,6 +128,7 @@ def ring_attention(
         q,
         k,
         v,
+        sinks,
         documents,
         name,
         options.layout,
@@ -186,10 +194,10 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> str:
+def _gradients(**tensors: Tensor | None) -> str:
     if not torch.is_grad_enabled():
         return ""
-    return ",".join(name for name, x in (("q", q), ("k", k), ("v", v)) if x.requires_grad)
+    return ",".join(name for name, x in tensors.items() if x is not None and x.requires_grad)
 
 
 def _checked_dim(x: Tensor, dim: int) -> int:

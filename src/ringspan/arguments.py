@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked, normalised. Window sides: -1 is unbounded. gradients: which of q, k, v require grad."""
+    """What was asked, normalised. Window sides: -1 is unbounded. gradients: which of q, k, v, sinks require grad."""
 
     left: int = UNBOUNDED
     right: int = UNBOUNDED
@@ -47,7 +47,13 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             )
     check_alike(q, k, v)
     if k.shape != v.shape:
-        raise ArgumentError(explain("k and v must have one shape [B, K, S, D].", got=f"k: {_shape(k)}, v: {_shape(v)}"))
+        raise ArgumentError(
+            explain(
+                "k and v must have one shape [B, K, S, D].",
+                got=f"k: {_shape(k)}, v: {_shape(v)}",
+                fix="pad the shorter of two head_dims with zeros (q as k), pass softmax_scale, and cut out",
+            )
+        )
     for axis, what in ((0, "batch size"), (3, "head_dim")):
         if q.shape[axis] != k.shape[axis]:
             raise ArgumentError(explain(f"q and k must have one {what}.", got=f"q: {_shape(q)}, k: {_shape(k)}"))
@@ -91,6 +97,27 @@ def check_tensor(name: str, x: Tensor) -> None:
         )
     if x.shape[1] < 1 or x.shape[3] < 1:
         raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
+    """Refuse sinks unless they are a number a query head, on q's device."""
+    if sinks is None:
+        return
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        got = str(sinks.dtype) if isinstance(sinks, Tensor) else str(type(sinks))
+        raise ArgumentTypeError(explain("sinks must be a torch.Tensor of floating point numbers.", got=got))
+    if sinks.shape != q.shape[1:2]:
+        raise ArgumentError(
+            explain(
+                "sinks must have one number for each query head.",
+                got=f"shape {_shape(sinks)}, q has {q.shape[1]} heads",
+                fix=f"shape [{q.shape[1]}]",
+            )
+        )
+    if sinks.device != q.device:
+        raise ArgumentTypeError(
+            explain("sinks and q must share one device.", got=f"q: {q.device}, sinks: {sinks.device}", fix="use .to()")
+        )
 
 
 def check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:

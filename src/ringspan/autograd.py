@@ -21,6 +21,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     cu_seqlens: Tensor | None,
     group: str,
     layout: str,
@@ -33,11 +34,11 @@ def attend(
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
     options = _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients)
-    return call.forward(resolve(group), q, k, v, options)
+    return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
 @attend.register_fake
-def _(q, k, v, cu_seqlens, group, layout, left, right, scale, kernel, transport, agreement, gradients):
+def _(q, k, v, *options):
     lse = q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
@@ -80,18 +81,29 @@ def _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreemen
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, *options = inputs
+    q, k, v, sinks, cu_seqlens, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens)
     ctx.options = options
 
 
 def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    q, k, v, out, lse, sinks, cu_seqlens = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, *ctx.options)
-    return (*grads, *(None for _ in range(len(ctx.options) + 1)))
+    d_sinks = _of_sinks(sinks, out, lse, d_out, d_lse) if ctx.needs_input_grad[3] else None
+    return (*grads, d_sinks, *(None for _ in range(len(ctx.options) + 1)))
+
+
+def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:
+    """A sink is a key of value 0 and score s_h, so ds_h = sum over rows of p (0 - delta), p = exp(s_h - lse)."""
+    delta = (d_out.to(lse.dtype) * out).sum(-1)
+    if d_lse is not None:
+        delta = delta - d_lse
+    scores = sinks.to(lse.dtype).unsqueeze(-1)
+    weights = torch.where(lse.isneginf(), 0.0, torch.exp(scores - lse))  # such a row has none: its sink is -inf
+    return -(weights * delta).sum((0, 2)).to(sinks.dtype)
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)

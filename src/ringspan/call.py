@@ -63,14 +63,22 @@ WHOLE_GROUP = Ring()
 
 
 def forward(
-    transport: Transport, q: Tensor, k: Tensor, v: Tensor, options: Options, ring: Ring = WHOLE_GROUP
+    transport: Transport,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    ring: Ring = WHOLE_GROUP,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's queries; shapes as in `ringspan.ring_attention`."""
 
     def check() -> Terms:
         check_tensors(q, k, v)
         check_documents(options.cu_seqlens)
-        return _terms("ring_attention", (q, k, v), options, ring)
+        terms = _terms("ring_attention", (q, k, v), options, ring)
+        terms.common["whether there are sinks"] = sinks is not None
+        return terms
 
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
@@ -78,7 +86,7 @@ def forward(
             _check_capture(q, options, ring)
             job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
         with running(transport):
-            return execute.forward(job, channel, q, k, v)
+            return execute.forward(job, channel, q, k, v, sinks)
 
 
 def backward(
@@ -278,7 +286,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "softmax_scale": options.scale,
         "kernel": options.kernel,
         "transport": options.transport,
-        "which of q, k, v require grad": options.gradients,
+        "which of q, k, v and sinks require grad": options.gradients,
         **ring.common_terms(q.shape[2]),
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))

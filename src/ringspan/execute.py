@@ -47,8 +47,13 @@ class Job:
         return intervals.within(*(bound[..., tile.rows] - tile.key_start for bound in self.bounds))
 
 
-def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys."""
+def forward(
+    job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys.
+
+    sinks: [H], a score more for every row of a head, without a value.
+    """
     state = SoftmaxState.empty(q)
     work = _Absorbing(job, state, q, channel.in_place)
     clock = StepClock("forward", job.schedule)
@@ -62,6 +67,8 @@ def forward(job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor) -> tupl
             clock.computed(work.take(step, k, v))
             traffic.receive_shard(arriving, still_read=work.is_waiting)
             clock.finish(step, arriving)
+        if sinks is not None:
+            state.add_sinks_(sinks)
         out, lse = state.finalize(q.dtype)
     del state, work  # the others may read on for long
     channel.close()

@@ -56,6 +56,12 @@ class SoftmaxState:
         self.row_sum.mul_(mine).add_(theirs if row_sum is None else row_sum * theirs)
         self.row_max.copy_(largest)
 
+    def add_sinks_(self, sinks: Tensor) -> None:
+        """One key more for every row of head h, of score sinks[h] and value 0. sinks: [H]."""
+        scores = sinks.to(self.row_max.dtype).unsqueeze(-1).expand_as(self.row_max)
+        one = torch.ones((), dtype=self.acc.dtype, device=self.acc.device)
+        self.merge_(one * 0, scores, one)
+
     def finalize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up acc."""
         unseen = self.row_sum == 0
