@@ -1,0 +1,77 @@
+"""A Hugging Face model whose sequence is spread over a ring: gpt-oss, with sinks, sliding windows and grouped heads.
+
+    pip install transformers
+    torchrun --nproc-per-node 4 examples/hugging_face.py
+
+The weights are random and small. Every rank computes the loss of its own tokens; its sum over ranks, and that of the
+gradients, are those of the whole sequence in one process, which rank 0 computes too, with the model's own attention.
+"""
+
+import copy
+
+import torch
+import torch.distributed as dist
+from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
+
+import ringspan
+
+LAYOUT = "zigzag"
+# What models pass along that changes nothing here. All else would be ignored without a word: it is refused.
+HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
+
+
+def ring_attention(
+    module, q, k, v, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, s_aux=None, **others
+):
+    """What transformers asks of an attention function: q, k, v are [B, H, T, D], out is [B, T, H, D]."""
+    unknown = sorted(name for name, x in others.items() if x is not None and name not in HARMLESS)
+    if attention_mask is not None or dropout or unknown:
+        raise NotImplementedError(f"no masks but causal ones and windows, no dropout, and not {unknown}")
+    window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)  # theirs counts the query's own key
+    out = ringspan.ring_attention(
+        q, k, v, causal=module.is_causal, window_size=window, softmax_scale=scaling, sinks=s_aux, layout=LAYOUT
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def loss_of(model, tokens, labels, positions):
+    """The mean over these tokens."""
+    logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    AttentionInterface.register("ringspan", ring_attention)
+    torch.manual_seed(0)  # the same weights and the same text on every rank
+    config = GptOssConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"], sliding_window=100, attn_implementation="eager",
+    )  # fmt: skip
+    model = GptOssForCausalLM(config)
+    text = torch.randint(256, (1, 1025))
+    tokens, labels = text[:, :-1], text[:, 1:]  # shifted before they are spread: a neighbour may be elsewhere
+
+    whole = copy.deepcopy(model)
+    model.set_attn_implementation("ringspan")
+    mine = [ringspan.shard(x, 1, layout=LAYOUT) for x in (tokens, labels)]
+    positions = ringspan.positions(tokens.shape[1], layout=LAYOUT).unsqueeze(0)
+    loss = loss_of(model, *mine, positions) * mine[0].numel() / tokens.numel()  # this rank's part of the mean
+    loss.backward()
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+    dist.all_reduce(loss)
+
+    if dist.get_rank() == 0:
+        expected = loss_of(whole, tokens, labels, torch.arange(tokens.shape[1]).unsqueeze(0))
+        expected.backward()
+        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        furthest = max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs)
+        print(f"loss {loss:.6f} over {dist.get_world_size()} ranks, {expected:.6f} in one process")
+        print(f"gradients of {len(list(model.parameters()))} parameters differ by {furthest:.1e} at most")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

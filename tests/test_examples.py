@@ -1,0 +1,31 @@
+"""The examples do what they say, started as their readers start them."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def torchrun(example: str, num_ranks: int) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    ended = subprocess.run([*command, EXAMPLES / example], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_program_of_the_readme_runs():
+    lines = sorted(torchrun("torchrun.py", 2).splitlines())
+    assert lines == [
+        "rank 0: positions 0..8191, out (1, 4, 4096, 64)",
+        "rank 1: positions 2048..6143, out (1, 4, 4096, 64)",
+    ]
+
+
+def test_a_hugging_face_model_over_a_ring_has_the_loss_and_gradients_of_one_process():
+    said = torchrun("hugging_face.py", 3)
+    loss, whole = map(float, re.search(r"loss ([\d.]+) over 3 ranks, ([\d.]+) in one process", said).groups())
+    assert abs(loss - whole) <= 2e-6
+    furthest = float(re.search(r"gradients of 37 parameters differ by ([-\de.]+) at most", said).group(1))
+    assert furthest <= 1e-5  # relative, in float32, through two layers
