@@ -45,7 +45,7 @@ def source(kernel, dtype: str, constants: dict, contiguous: bool) -> ASTSource:
             constexprs[(place,)] = constants[name]
         elif name in ("factor", "scale"):
             signature[name] = "fp32"
-        elif name in ("lo", "hi", "flags"):
+        elif name in ("lo", "hi", "flags", "ranges"):
             signature[name] = "*i32"
         elif name in (*MATRICES, "row_max", "row_sum", "lse", "delta"):
             signature[name] = POINTERS[dtype] if name in GIVEN else "*fp32"

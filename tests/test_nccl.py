@@ -18,7 +18,7 @@ from whole import Case, check
 import ringspan
 from ringspan import call, execute
 from ringspan.arguments import Options
-from ringspan.layout import from_lengths
+from ringspan.layout import from_lengths, split
 from ringspan.problem import Mask
 from ringspan.schedule.ring import ring_schedule
 from ringspan.transport import torch_dist
@@ -104,12 +104,13 @@ def posted(num_ranks, layout, options, direction, in_order=True):
         lengths = tuple(chunks[rank] + chunks[-1 - rank] for rank in range(num_ranks))
     held, batches = from_lengths(layout, lengths), []
     for rank in range(num_ranks):
-        travels = "queries" if direction == "backward, queries travel" else "keys"
+        travels = "queries" if direction.endswith("queries travel") else "keys"
         schedule = ring_schedule(mask, held, held, rank, travels, direction != "forward")
-        job = Blind(schedule, Idle(), 1.0, lengths, lengths, (False,) * (2 if travels == "keys" else 4))
+        num_travelling = 2 if travels == "keys" else 4 if direction.startswith("backward") else 1
+        job = Blind(schedule, Idle(), 1.0, lengths, lengths, (False,) * num_travelling)
         channel = Posting(rank, num_ranks, in_order)
         x = torch.zeros(1, 1, lengths[rank], 1)
-        if direction == "forward":
+        if direction.startswith("forward"):
             execute.forward(job, channel, x, x, x)
         else:
             execute.backward(job, channel, x, x, x, x, x[..., 0], x[..., 0])
@@ -142,7 +143,10 @@ def stuck(batches):
     return [list(queue) for queue in queues]
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward, keys travel", "backward, queries travel"])
+DIRECTIONS = ("forward", "forward, queries travel", "backward, keys travel", "backward, queries travel")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_is_posted_ends_under_ncclis_order_and_every_send_meets_its_receive(layout, direction):
     for num_ranks in range(1, 10):
@@ -201,9 +205,10 @@ def test_torch_dist_under_ncclis_rules(nccl, behaviour):
 
 def ring_of(case, transport, kernel="auto"):
     """As `whole.ring`, on a transport."""
-    held = from_lengths(case.layout, lengths_of(case, transport.size))
-    where = [place for span in held.ranges(transport.rank) for place in span]
-    q, k, v, do, dlse = (x[:, :, where] for x in case.tensors())
+    keys = case.tokens if case.keys is None else case.keys
+    where, where_keys = (held_by(transport, case.layout, tokens) for tokens in (case.tokens, keys))
+    places = (where, where_keys, where_keys, where, where)
+    q, k, v, do, dlse = (x[:, :, place] for x, place in zip(case.tensors(), places, strict=True))
     left, right = case.options.get("window_size", (-1, -1))
     documents = case.options.get("cu_seqlens")
     options = Options(
@@ -216,15 +221,12 @@ def ring_of(case, transport, kernel="auto"):
     out, lse = call.forward(transport, q, k, v, options)
     dlse = torch.where(lse.isinf(), 0.0, dlse)
     dq, dk, dv = (grad.to(q.dtype) for grad in call.backward(transport, do, dlse, (q, k, v, out, lse), options))
-    return where, {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    return {"out": (where, out), "lse": (where, lse), "dq": (where, dq), "dk": (where_keys, dk), "dv": (where_keys, dv)}
 
 
-def lengths_of(case, num_ranks):
-    chunks = 2 * num_ranks if case.layout == "zigzag" else num_ranks
-    sizes = [len(range(chunk, case.tokens, chunks)) for chunk in range(chunks)]
-    return tuple(
-        sizes[rank] + sizes[-1 - rank] if case.layout == "zigzag" else sizes[rank] for rank in range(num_ranks)
-    )
+def held_by(transport, layout, tokens):
+    ranges = split(layout, tokens, transport.size).ranges(transport.rank)
+    return [place for span in ranges for place in span]
 
 
 CASES = [
@@ -237,6 +239,8 @@ CASES = [
         (dict(cu_seqlens=[0, 8, 8, 30, 53]), 1),
     )
 ]
+FEW_QUERIES = Case(9, 4, 4, 8, keys=53)  # these travel in the forward
+CASES.append(FEW_QUERIES)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 5])
@@ -244,13 +248,14 @@ def test_rings_under_ncclis_rules_are_exact(nccl, num_ranks):
     for case in CASES:
         world = fake_nccl.World(num_ranks)
         parts = ranks(world, lambda transport, case=case: ring_of(case, transport))
-        places = [place for where, _ in parts for place in where]
-        order = torch.tensor(places).argsort()
-        whole = {name: torch.cat([found[name] for _, found in parts], 2)[:, :, order] for name in parts[0][1]}
+        whole = {}
+        for name in parts[0]:
+            order = torch.tensor([place for found in parts for place in found[name][0]]).argsort()
+            whole[name] = torch.cat([found[name][1] for found in parts], 2)[:, :, order]
         check(case, whole)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[11]])
+@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[11], FEW_QUERIES])
 def test_streams_order_every_access_under_ncclis_rules(nccl, case):
     assert races_of(case) == []
 
@@ -261,8 +266,7 @@ def races_of(case, follows=True):
 
     def work(transport):
         with recorder.on(f"rank {transport.rank}"), Watched(recorder):
-            _, found = ring_of(case, transport, kernel="reference")
-            for x in found.values():
+            for _, x in ring_of(case, transport, kernel="reference").values():
                 x.zero_()
 
     ranks(world, work)

@@ -3,12 +3,13 @@
 import hypothesis.strategies as st
 import pytest
 import torch
-from definition import OUT_BOUNDS, attention, relative_error
+from definition import OUT_BOUNDS, attention, bound_of_out, relative_error
 from hypothesis import given
 from whole import Case, check, ring
 
 import ringspan
 from ringspan import run_local
+from ringspan.observe import steps
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
 
@@ -265,3 +266,23 @@ def test_a_second_derivative_of_unshard_is_refused():
     (grad,) = torch.autograd.grad(ringspan.unshard(x, 0).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", OUT_BOUNDS)
+@pytest.mark.parametrize("holder", [0, 2])
+def test_few_queries_travel_to_the_keys_and_are_exact(dtype, holder):
+    """As in decoding: one rank has a query, all have keys. No key leaves its rank, and one rounding ends it all."""
+    case = Case(1, 4, 2, 32, keys=1000, dtype=dtype)
+    q, k, v, *_ = case.tensors()
+    exact, _ = attention(q, k, v, case.seen(), case.scale)
+
+    def work(group):
+        mine = slice(0, int(group.rank() == holder))
+        keys = (ringspan.shard(x, 2) for x in (k, v))
+        with steps(lambda record: seen.append(record.step)):
+            return ringspan.ring_attention(q[:, :, mine], *keys)
+
+    seen = []
+    out = run_local(work, 4)[holder]
+    assert relative_error(out, exact) <= bound_of_out(q, k, v, case.seen(), case.scale)
+    assert {step.shard for step in seen if step.tiles} == {holder}, "every rank computes with the one query"

@@ -10,7 +10,7 @@ from ringspan.layout import LAYOUTS, Layout, from_lengths, split
 from ringspan.problem import Mask, Problem
 from ringspan.schedule.check import ScheduleError, check, visible_pairs
 from ringspan.schedule.contract import Hop, Schedule
-from ringspan.schedule.ring import backward_hop_bytes, ring_schedule, travelling_side
+from ringspan.schedule.ring import backward_hop_bytes, forward_hop_bytes, ring_schedule, travelling_side
 from ringspan.tile import tiles_between
 
 PASSES = {
@@ -213,15 +213,15 @@ WRONG_FORWARD = {
     ),
 }
 WRONG_BACKWARD = {
-    "a ride is not sent": ("keeps a gradient back", lambda p: changed(p, 1, 1, ride_send=None)),
-    "a ride home is not sent": ("keeps a gradient back", lambda p: changed(p, 1, 2, ride_send=None)),
+    "a ride is not sent": ("keeps a result back", lambda p: changed(p, 1, 1, ride_send=None)),
+    "a ride home is not sent": ("keeps a result back", lambda p: changed(p, 1, 2, ride_send=None)),
     "a ride home goes elsewhere": ("never sent", lambda p: changed(p, 1, 2, ride_send=Hop(0, 2))),
     "a ride skips a rank": ("never sent", lambda p: changed(p, 1, 1, ride_send=Hop(0, 0))),
     "a ride is of another shard": ("does not have", lambda p: changed(p, 1, 1, ride_send=lambda h: Hop(h.peer, 2))),
     "a ride is sent of the own shard": ("does not have", lambda p: changed(p, 1, 0, ride_send=Hop(2, 1))),
     "a ride is sent without work": ("does not have", lambda p: changed(p, 1, 3, ride_send=Hop(2, 1))),
     "nothing rides": (
-        "keeps a gradient back",
+        "keeps a result back",
         lambda p: [
             replace(x, steps=tuple(replace(step, ride_send=None, ride_receive=()) for step in x.steps)) for x in p
         ],
@@ -283,4 +283,22 @@ def sizes(mask=ALL, batch=2, num_heads=4, num_kv_heads=4, head_dim=16, **bytes_)
 def test_in_the_backward_the_side_of_fewer_bytes_travels(problem, keys_bytes, queries_bytes, travels):
     assert backward_hop_bytes(problem, "keys") == keys_bytes
     assert backward_hop_bytes(problem, "queries") == queries_bytes
-    assert travelling_side(problem) == travels
+    assert travelling_side(problem, backward=True) == travels
+
+
+@pytest.mark.parametrize(
+    ("problem", "keys_bytes", "queries_bytes", "travels"),
+    [
+        # k, v: B*K*S * D*(2 + 2)                    q, acc, row_max, row_sum: B*H*T * (D*(2 + 4) + 4 + 4)
+        (sizes(itemsize_bytes=2), 48 * 16 * 4, 48 * (16 * 6 + 8), "keys"),
+        (sizes(Mask(6, 100), itemsize_bytes=2), 800 * 16 * 4, 48 * (16 * 6 + 8), "queries"),
+        (sizes(Mask(6, 100), itemsize_bytes=2, num_kv_heads=1), 200 * 16 * 4, 48 * (16 * 6 + 8), "queries"),
+        (sizes(Mask(6, 19), itemsize_bytes=2), 152 * 16 * 4, 48 * (16 * 6 + 8), "keys"),
+        (sizes(Mask(0, 6), itemsize_bytes=2), 48 * 16 * 4, 0, "queries"),
+    ],
+    ids=["as many", "many keys", "many keys of one head", "not twice as many bytes", "no queries"],
+)
+def test_in_the_forward_queries_travel_where_that_halves_the_bytes(problem, keys_bytes, queries_bytes, travels):
+    assert forward_hop_bytes(problem, "keys") == keys_bytes
+    assert forward_hop_bytes(problem, "queries") == queries_bytes
+    assert travelling_side(problem, backward=False) == travels

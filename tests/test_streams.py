@@ -27,17 +27,23 @@ def recorder(monkeypatch):
     streams._stream.cache_clear()
 
 
-def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None):
-    """Forward and backward, kernel and all; inputs are made by the caller, overwritten by their ranks at the end."""
+def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None, queries=None):
+    """Forward and backward, kernel and all; inputs are made by the caller, overwritten by their ranks at the end.
+
+    queries: how many there are, if not as many as tokens.
+    """
     options = options or Options(right=0, layout="zigzag", kernel="reference")
-    layout = from_lengths(
-        options.layout, tuple(tokens // num_ranks + (r < tokens % num_ranks) for r in range(num_ranks))
+    layout, layout_of_queries = (
+        from_lengths(options.layout, tuple(n // num_ranks + (r < n % num_ranks) for r in range(num_ranks)))
+        for n in (tokens, tokens if queries is None else queries)
     )
 
     def work(group):
         with Watched(recorder):
-            where = [place for held in layout.ranges(group.rank()) for place in held]
-            q, k, v, do = (x[:, :, where] for x in whole)
+            where, mine = (
+                [place for held in x.ranges(group.rank()) for place in held] for x in (layout, layout_of_queries)
+            )
+            q, k, v, do = (x[:, :, places] for x, places in zip(whole, (mine, where, where, mine), strict=True))
             out, lse = call.forward(group.transport, q, k, v, options)
             found = call.backward(group.transport, do, None, (q, k, v, out, lse), options)
             call.forward(group.transport, q, k, v, options)  # after it no gradient comes home that orders the rest
@@ -57,6 +63,13 @@ def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_access_in_a_ring_of_threads_is_ordered_by_events(recorder, layout, mask, num_ranks):
     ring_of_threads(recorder, num_ranks, 12, Options(layout=layout, kernel="reference", **mask))
+    assert recorder.num_accesses > 100
+    assert recorder.races == []
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_access_is_ordered_where_queries_travel(recorder, num_ranks):
+    ring_of_threads(recorder, num_ranks, 30, Options(kernel="reference"), queries=5)
     assert recorder.num_accesses > 100
     assert recorder.races == []
 

@@ -47,6 +47,10 @@ def test_every_configuration_fits_its_architecture(architecture, dtype, head_dim
     check(architecture, kernel, dtype, head_dim)
 
 
+def test_gradients_of_keys_compile_for_general_intervals():
+    check(90, "dkdv", "bf16", 64, "general")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
 @pytest.mark.parametrize("option", ["general", "strided"])

@@ -25,7 +25,6 @@ from ringspan.kernels.contract import Kernel
 from ringspan.kernels.triton_bounds import mask_is_not_captured
 from ringspan.layout import Layout, from_lengths
 from ringspan.problem import Mask, Problem
-from ringspan.schedule.contract import Travels
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Transport
@@ -84,7 +83,7 @@ def forward(
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
-            job = _decide(channel, agreed, options, q, k).job("keys", False, agreed.flipped, ring)
+            job = _decide(channel, agreed, options, q, k).job(False, agreed.flipped, ring)
         with running(transport):
             return execute.forward(job, channel, q, k, v, sinks)
 
@@ -111,10 +110,7 @@ def backward(
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
-            decided = _decide(channel, agreed, options, q, k)
-            # Bounds belong to the queries of a rank, so with them it is the keys that travel.
-            travels = "keys" if ring.bounds is not None else travelling_side(decided.problem)
-            job = decided.job(travels, True, agreed.flipped, ring)
+            job = _decide(channel, agreed, options, q, k).job(True, agreed.flipped, ring)
         with running(transport):
             dtype = state_dtype(q.dtype)
             delta = (do.to(dtype) * out).sum(-1)
@@ -220,11 +216,15 @@ class _Decided:
     scale: float
     rank: int
 
-    def job(self, travels: Travels, rides: bool, flipped: int, ring: Ring) -> execute.Job:
+    def job(self, backward: bool, flipped: int, ring: Ring) -> execute.Job:
+        # Bounds belong to the queries of a rank, so with them it is the keys that travel.
+        travels = "keys" if ring.bounds is not None else travelling_side(self.problem, backward)
+        rides = backward or travels == "queries"
         schedule = ring_schedule(self.problem.mask, self.queries, self.keys, self.rank, travels, rides)
-        kernel = self.kernel(sum(len(step.tiles) for step in schedule.steps) == 1)
+        # The rows of travelling queries see other ranks' keys too.
+        kernel = self.kernel(travels == "keys" and sum(len(step.tiles) for step in schedule.steps) == 1)
         q, k, v, do = (bool(flipped & bit) for bit in (_Q, _K, _V, _DO))
-        wire = (k, v) if travels == "keys" else (q, do, False, False)
+        wire = (k, v) if travels == "keys" else (q, do, False, False) if backward else (q,)
         return execute.Job(schedule, kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds)
 
 

@@ -18,7 +18,7 @@ from ringspan.observe import StepClock
 from ringspan.schedule.contract import Schedule, Step
 from ringspan.state import SoftmaxState, state_dtype
 from ringspan.tile import RowIntervals, Tile
-from ringspan.traffic import Traffic
+from ringspan.traffic import STATES, Traffic
 from ringspan.transport.contract import Channel
 
 Tensors = tuple[Tensor, ...]
@@ -54,6 +54,8 @@ def forward(
 
     sinks: [H], a score more for every row of a head, without a value.
     """
+    if job.schedule.travels == "queries":
+        return _forward_of_travelling_queries(job, channel, q, k, v, sinks)
     state = SoftmaxState.empty(q)
     work = _Absorbing(job, state, q, channel.in_place)
     clock = StepClock("forward", job.schedule)
@@ -67,11 +69,38 @@ def forward(
             clock.computed(work.take(step, k, v))
             traffic.receive_shard(arriving, still_read=work.is_waiting)
             clock.finish(step, arriving)
-        if sinks is not None:
-            state.add_sinks_(sinks)
-        out, lse = state.finalize(q.dtype)
+        out, lse = state.finalize(q.dtype, sinks)
     del state, work  # the others may read on for long
     channel.close()
+    return out, lse
+
+
+def _forward_of_travelling_queries(
+    job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same where queries are few: they go round, and their states ride along, as gradients do in the backward."""
+    state = SoftmaxState.empty(q)
+    home = state.acc, state.row_max, state.row_sum
+    clock = StepClock("forward", job.schedule)
+    traffic = Traffic(channel, job.schedule, (q,), job.query_lengths, job.flipped, STATES)
+    clock.handed_out()
+    with channel.computing():
+        for step in job.schedule.steps:
+            (rows,) = traffic.visiting()
+            arriving, riding = traffic.post_step(step, home)
+            clock.posted()
+            part = traffic.begin_part(home) if step.index and step.tiles else home
+            for tile in step.tiles:
+                keys = _rows_of(k, tile.columns), _rows_of(v, tile.columns), job.visible(tile)
+                mine = SoftmaxState(*part).select(tile.rows)
+                job.kernel.absorb_runs(mine, _rows_of(rows, tile.rows), [keys], job.scale)
+            clock.computed((step.shard,) if step.tiles else ())
+            traffic.receive_rides(step, riding, part, home)
+            traffic.send_ride(step)
+            traffic.receive_shard(arriving)
+            clock.finish(step, arriving, riding)
+        out, lse = state.finalize(q.dtype, sinks)
+    traffic.finish()
     return out, lse
 
 

@@ -16,7 +16,10 @@ _thread = threading.local()
 
 @dataclass(frozen=True)
 class Flight:
-    """One hop that this rank received by copy. what: "shard" or "gradient"; begin_ns, end_ns: posted and arrived."""
+    """One hop that this rank received by copy. what: "shard", "gradient" or "state" (of travelling queries).
+
+    begin_ns, end_ns: posted and arrived.
+    """
 
     what: str
     hop: Hop
@@ -103,7 +106,8 @@ class StepClock:
         if watchers:
             flights = [*self._flights("shard", [step.receive] if step.receive else (), shards)]
             if rides is not None:
-                flights += self._flights("gradient", step.ride_receive, rides)
+                what = "gradient" if self._phase == "backward" else "state"
+                flights += self._flights(what, step.ride_receive, rides)
             record = StepRecord(
                 self._phase,
                 step,

@@ -62,8 +62,13 @@ class SoftmaxState:
         one = torch.ones((), dtype=self.acc.dtype, device=self.acc.device)
         self.merge_(one * 0, scores, one)
 
-    def finalize(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up acc."""
+    def finalize(self, dtype: torch.dtype, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up the state.
+
+        sinks: taken in first.
+        """
+        if sinks is not None:
+            self.add_sinks_(sinks)
         unseen = self.row_sum == 0
         out = self.acc.div_(torch.where(unseen, 1.0, self.row_sum).unsqueeze(-1)).to(dtype)
         return out, torch.where(unseen, NEVER, self.row_max + self.row_sum.log())

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from ringspan.schedule.contract import Schedule, Step
+from ringspan.state import NEVER, SoftmaxState
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec
 
-_SHARDS, _RIDES = 0, 1  # lanes of a channel: shards on their way round, gradients riding along
+_SHARDS, _RIDES = 0, 1  # lanes of a channel: shards on their way round, results riding along
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Law:
+    """How parts of what rides are put together. begin: makes fresh tensors the result of nothing; join: in place."""
+
+    begin: Callable[[Tensors], object]
+    join: Callable[[Tensors, Tensors], object]
+
+
+def _zero(tensors: Tensors) -> None:
+    for x in tensors:
+        x.zero_()
+
+
+def _add(sums: Tensors, parts: Tensors) -> None:
+    for x, part in zip(sums, parts, strict=True):
+        x.add_(part)
+
+
+def _begin_state(tensors: Tensors) -> None:
+    acc, row_max, row_sum = tensors
+    acc.zero_(), row_max.fill_(NEVER), row_sum.zero_()
+
+
+GRADIENTS = Law(_zero, _add)
+STATES = Law(_begin_state, lambda state, part: SoftmaxState(*state).merge_(*part))  # acc, row_max, row_sum
 
 
 class Traffic:
@@ -22,16 +53,18 @@ class Traffic:
         own: Sequence[Tensor],
         lengths: tuple[int, ...],
         flipped: Sequence[bool],
+        law: Law = GRADIENTS,
     ) -> None:
         self._channel = channel
         self._rank = schedule.rank
         self._lengths = lengths
         self._flipped = flipped
+        self._law = law
         self._own = Parcel(tuple(_flip(own, flipped)))
         self._visiting: Parcel = self._own
         self._read: list[Parcel] = []  # visited before, and not released yet
         self._specs: dict[int, Spec] = {}  # of shards, by length
-        self._parts: list[Parcel] = []  # gradients of visiting shards, from their beginning until they have left
+        self._parts: list[Parcel] = []  # results for visiting shards, from their beginning until they have left
         self._leaving: Pending | None = None
         self._held: Step | None = None  # its ride is to leave with the next step's transfers
         if channel.in_place:
@@ -42,7 +75,7 @@ class Traffic:
         return tuple(_flip(tensors, self._flipped)) if any(self._flipped) else tensors
 
     def post_step(self, step: Step, home: Sequence[Tensor]) -> tuple[Pending, Pending]:
-        """Shards for the next step, and gradients that ride here. Where transfers run in order, the ride of step t
+        """Shards for the next step, and results that ride here. Where transfers run in order, the ride of step t
         leaves when it is received: in one batch with all else that is posted in step t + 1."""
         if not self._channel.in_order:
             return self.post_shards(step), self._post_ride_receives(step, home)
@@ -91,16 +124,16 @@ class Traffic:
 
     def receive_rides(self, step: Step, riding: Pending, part: Sequence[Tensor], home: Sequence[Tensor]) -> None:
         for hop, parcel in zip(step.ride_receive, riding.wait(), strict=True):
-            for target, arrived in zip(home if hop.shard == self._rank else part, parcel.tensors, strict=True):
-                target.add_(arrived)
+            self._law.join(home if hop.shard == self._rank else part, parcel.tensors)
             self._channel.release(parcel)
 
     def begin_part(self, home: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Zeros for the gradient of what is visiting; they ride on to the next rank from where they lie."""
+        """For this rank's part of the result for what is visiting; it rides on to the next rank from where it lies."""
         length = self.visiting()[0].shape[2]
         part = self._channel.buffer(_spec([_long(x.shape, length, 2) for x in home], home))
         self._parts.append(part)
-        return tuple(x.zero_() for x in part.tensors)
+        self._law.begin(part.tensors)
+        return part.tensors
 
     def send_ride(self, step: Step) -> None:
         self._finish_ride()

@@ -136,7 +136,7 @@ def _forward_bytes(problem: Problem, shown: Scene) -> list[str]:
 
 def _backward_bytes(problem: Problem, shown: Scene) -> list[str]:
     """Both forms side by side: what one hop of a shard and one of its gradient weigh together."""
-    chosen = travelling_side(problem)
+    chosen = travelling_side(problem, backward=True)
     contents = {"keys": "k, v, dk, dv", "queries": "q, do, lse, delta, dq"}
     lines = []
     for travels, what in contents.items():

@@ -22,7 +22,7 @@ def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layo
     Every visible pair is computed exactly once and no invisible one; every shard is there before it is used and
     is used at the step it was sent for; both ends of each hop agree; a shard's readers are the ranks that it
     reaches; no rank holds more than two visiting shards (the one in use and the one arriving); and with `rides`,
-    the backward, each gradient reaches its owner once.
+    each result (a gradient, or a state of travelling queries) reaches its owner once.
     """
     _check_pairs(schedules, mask, queries, keys)
     _check_hops(schedules)
@@ -30,7 +30,7 @@ def check(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layo
         _check_rides(schedules)
     else:
         riding = any(step.ride_send or step.ride_receive for plan in schedules for step in plan.steps)
-        _require(not riding, "gradients ride in a forward")
+        _require(not riding, "results ride where nobody waits for them")
 
 
 def _require(truth: bool, message: str) -> None:
@@ -111,7 +111,7 @@ def _used_at(plan: Schedule, shard: int, index: int) -> bool:
 
 
 def _check_rides(schedules: Sequence[Schedule]) -> None:
-    """Play the gradients: a part is named by the rank that computed it."""
+    """Play the results that ride: a part is named by the rank that computed it."""
     in_flight: dict[tuple[int, int, int], Counter] = {}  # (from, to, shard) -> parts it carries
     home: dict[int, Counter] = {plan.rank: Counter() for plan in schedules}
     due: dict[int, Counter] = {plan.rank: Counter() for plan in schedules}
@@ -137,15 +137,15 @@ def _check_rides(schedules: Sequence[Schedule]) -> None:
             leaving = step.ride_send
             _require(
                 leaving is None or bool(index and step.tiles and leaving.shard == step.shard),
-                f"rank {plan.rank} step {index} sends a gradient that it does not have: {leaving}",
+                f"rank {plan.rank} step {index} sends a result that it does not have: {leaving}",
             )
             if index == 0:
                 home[plan.rank] += part
             elif step.tiles:
                 if step.ride_send is None:
-                    raise ScheduleError(f"rank {plan.rank} step {index} keeps a gradient back")
+                    raise ScheduleError(f"rank {plan.rank} step {index} keeps a result back")
                 sent[(plan.rank, step.ride_send.peer, step.shard)] = part
-        _require(not in_flight, f"gradients that nobody received by step {index}: {list(in_flight)}")
+        _require(not in_flight, f"results that nobody received by step {index}: {list(in_flight)}")
         in_flight = sent
-    _require(not in_flight, f"gradients left in flight: {list(in_flight)}")
-    _require(home == due, f"gradient parts that came home {home}, computed {due}")
+    _require(not in_flight, f"results left in flight: {list(in_flight)}")
+    _require(home == due, f"parts that came home {home}, computed {due}")

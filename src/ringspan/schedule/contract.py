@@ -1,8 +1,8 @@
 """What a schedule is: for one rank, the steps that it takes, what it computes and what it sends in each.
 
 In a ring of P ranks, at step t rank r works on the travelling shard of rank (r - t) mod P: its own at step 0.
-Which shard travels is decided once for the call: in the forward the keys and values, in the backward either
-the keys and values (their gradients riding along) or the queries (theirs riding along).
+Which shard travels is decided once for each pass: the keys and values (in the backward their gradients ride along),
+or the queries (in the forward their softmax states ride along, in the backward their gradients).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Travels = Literal["keys", "queries"]
 
 @dataclass(frozen=True)
 class Hop:
-    """One transfer: `peer` is the rank at the other end, `shard` the rank whose shard (or gradient) moves."""
+    """One transfer: `peer` is the rank at the other end, `shard` the rank whose shard (or result) moves."""
 
     peer: int
     shard: int
@@ -30,9 +30,9 @@ class Step:
     index: the step t; it is what both ends of a hop call it by.
     shard: whose shard is visiting, tiles: what is computed with it (nothing, where no pair is visible).
     send, receive: hops of shards for step t + 1, posted before the tiles are computed.
-    ride_receive: gradients that arrive while the tiles are computed: sums for the visiting shard so far, or
-        finished parts for this rank's own shard.
-    ride_send: where the visiting shard's gradient goes once this rank's part is in it: on, or home.
+    ride_receive: results (gradients or states) that arrive while the tiles are computed: those for the visiting
+        shard so far, or finished parts for this rank's own shard.
+    ride_send: where the visiting shard's result goes once this rank's part is in it: on, or home.
     """
 
     index: int

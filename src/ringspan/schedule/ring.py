@@ -1,9 +1,9 @@
 """The ring: neighbours hand shards on, and whoever does not need a shard is left out.
 
 Two rules say it all. A shard for step t + 1 comes from the neighbour that works on it in step t, if there is
-one, else straight from its owner. Its gradient goes from the rank of step t to the rank of step t + 1, if that
-one works on the shard, else straight home. So every hop ends at a rank that uses what it carries, and a rank
-never holds more than the shard it works on and the one that is arriving.
+one, else straight from its owner. Its gradient, or the state of travelling queries, goes from the rank of step t to
+the rank of step t + 1, if that one works on the shard, else straight home. So every hop ends at a rank that uses what
+it carries, and a rank never holds more than the shard it works on and the one that is arriving.
 (Liu, Zaharia, Abbeel: Ring Attention with Blockwise Transformers, 2023, for the ring itself.)
 """
 
@@ -22,7 +22,7 @@ from ringspan.tile import Tile, tiles_between
 def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
-    """One rank's schedule. rides: gradients of the travelling shard ride along (the backward)."""
+    """One rank's schedule. rides: results for the travelling shard ride along: gradients, or states of queries."""
     ring = _Ring(mask, query_layout, key_layout, travels)
     steps = (ring.step(rank, index, rides) for index in range(ring.num_ranks + rides))
     return Schedule(
@@ -30,9 +30,25 @@ def ring_schedule(
     )
 
 
-def travelling_side(problem: Problem) -> Travels:
-    """What should travel in the backward: whichever moves fewer bytes, judged by the whole group's sizes."""
-    return min(("keys", "queries"), key=lambda travels: backward_hop_bytes(problem, travels))
+def travelling_side(problem: Problem, backward: bool) -> Travels:
+    """What should travel: whichever moves fewer bytes, judged by the whole group's sizes.
+
+    In the forward, queries only where that halves them: their states are made, moved and merged step by step.
+    """
+    if backward:
+        return min(("keys", "queries"), key=lambda travels: backward_hop_bytes(problem, travels))
+    queries, keys = (forward_hop_bytes(problem, travels) for travels in ("queries", "keys"))
+    return "queries" if 2 * queries < keys else "keys"
+
+
+def forward_hop_bytes(problem: Problem, travels: Travels) -> int:
+    """Bytes that move if every shard makes one hop: k, v; or q with its state."""
+    if travels == "keys":
+        return (
+            2 * problem.batch * problem.num_kv_heads * problem.mask.num_keys * problem.head_dim * problem.itemsize_bytes
+        )
+    rows = problem.batch * problem.num_heads * problem.mask.num_queries
+    return rows * (problem.head_dim * problem.itemsize_bytes + (problem.head_dim + 2) * problem.state_itemsize_bytes)
 
 
 def backward_hop_bytes(problem: Problem, travels: Travels) -> int:
@@ -74,7 +90,7 @@ class _Ring:
 
     def step(self, rank: int, index: int, rides: bool) -> Step:
         shard = (rank - index) % self.num_ranks
-        last = index == self.num_ranks  # only gradients come home then
+        last = index == self.num_ranks  # only what rides comes home then
         return Step(
             index,
             shard,
@@ -102,7 +118,7 @@ class _Ring:
     def _ride_receives(self, rank: int, index: int, shard: int):
         if index >= 2 and self.works(index, shard) and self.works(index - 1, shard):
             yield Hop((rank - 1) % self.num_ranks, shard)
-        # A gradient of this rank's own shard comes home from the last of a run of ranks that worked on it.
+        # What belongs to this rank's own shard comes home from the last of a run of ranks that worked on it.
         if index >= 2 and self.works(index - 1, rank) and not self.works(index, rank):
             yield Hop((rank + index - 1) % self.num_ranks, rank)
 

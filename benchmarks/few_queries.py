@@ -1,0 +1,64 @@
+"""Few queries over many keys, as in decoding: queries that travel against keys that travel, over processes.
+
+    python benchmarks/few_queries.py [--tokens 65536] [--processes 2] [--pairs 15]
+
+Rank 0 has the queries, every rank a part of the keys. The same library in both, told in one of them that keys travel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from pairs import interleaved, machine
+
+import ringspan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=65536, help="keys of all ranks together")
+    parser.add_argument("--queries", type=int, nargs="+", default=[1, 64, 1024])
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=15)
+    args = parser.parse_args()
+    print(machine())
+    heads = f"{args.heads} heads, {args.kv_heads} of keys, d {args.head_dim}"
+    print(f"{args.processes} processes of one thread, {args.tokens} keys, {heads}, bfloat16, forward")
+    print("speed of travelling queries against travelling keys: median (quartiles), their times")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(rank_of, (args, f"{folder}/store"), args.processes)
+
+
+def rank_of(rank: int, args: argparse.Namespace, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes)
+    shape = (1, args.kv_heads, args.tokens // args.processes, args.head_dim)
+    k, v = torch.randn(2, *shape, dtype=torch.bfloat16).unbind()
+    for transport in ("torch_dist", "shared_memory"):
+        for num_queries in args.queries:
+            q = torch.randn(1, args.heads, num_queries if rank == 0 else 0, args.head_dim, dtype=torch.bfloat16)
+
+            def queries_travel(q=q, transport=transport):
+                return ringspan.ring_attention(q, k, v, transport=transport)
+
+            def keys_travel(call=queries_travel):
+                with patch("ringspan.call.travelling_side", lambda *_: "keys"):
+                    return call()
+
+            torch.testing.assert_close(queries_travel(), keys_travel(), rtol=2**-7, atol=1e-5)
+            found = interleaved(queries_travel, keys_travel, args.pairs)
+            if rank == 0:
+                times = f"{found.ours_s * 1e3:9.2f} ms {found.theirs_s * 1e3:9.2f} ms"
+                print(f"{transport:13} {num_queries:6} queries  {found!s:28} {times}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
