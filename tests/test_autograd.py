@@ -71,6 +71,45 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+def test_forward_mode_is_refused_and_not_a_derivative_of_0():
+    q, k, v = (x.detach() for x in tensors())
+    sinks = torch.zeros(q.shape[1])
+    with pytest.raises(ringspan.UnsupportedError, match="k carries a tangent"):
+        torch.func.jvp(lambda k: ringspan.ring_attention(q, k, v), (k,), (k,))
+    with pytest.raises(ringspan.UnsupportedError, match="sinks carries a tangent"):
+        torch.func.jacfwd(lambda sinks: ringspan.ring_attention(q, k, v, sinks=sinks))(sinks)
+
+
+def refused_while_compiled(rank):
+    q, k, v = (x.detach() for x in tensors())
+    sinks = torch.zeros(q.shape[1] + rank)
+
+    def fn(q, k, v, sinks):
+        return ringspan.ring_attention(q, k, v, sinks=sinks).square().sum()
+
+    try:
+        torch.compile(fn, fullgraph=True, backend="aot_eager")(q, k, v, sinks)
+    except ringspan.RingspanError as error:
+        return type(error).__name__, str(error)
+
+
+def test_what_is_refused_while_a_graph_is_traced_is_told_to_all_when_it_runs():
+    (first, told), (second, said) = results(run_processes(refused_while_compiled, 2))
+    assert (first, second) == ("PeerRefusedError", "ArgumentError")
+    assert "shape [5], q has 4 heads" in said and said.splitlines()[0] in told
+
+
+@pytest.mark.parametrize(
+    "options", [dict(layout="zigzg"), dict(window_size=3), dict(softmax_scale=float("nan")), dict(sinks=[0.0] * 4)]
+)
+def test_a_refusal_has_its_own_words_in_compiled_code_too(options):
+    q, k, v = (x.detach() for x in tensors())
+    compiled = torch.compile(lambda q: ringspan.ring_attention(q, k, v, **options), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ringspan.RingspanError, match=next(iter(options))):
+        compiled(q)
+
+
 def grads_of(loss, inputs):
     for x in inputs:
         x.grad = None

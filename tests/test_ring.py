@@ -264,8 +264,12 @@ def test_ranks_that_differ_in_what_unshard_differentiates_are_told():
 def test_a_second_derivative_of_unshard_is_refused():
     x = torch.ones(3, requires_grad=True)
     (grad,) = torch.autograd.grad(ringspan.unshard(x, 0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ringspan.UnsupportedError, match="differentiable once"):
         grad.sum().backward()
+    full = ringspan.unshard(x, 0)
+    (grad,) = torch.autograd.grad(full.pow(3).sum() + x.square().sum(), x, create_graph=True)
+    with pytest.raises(ringspan.UnsupportedError, match="differentiable once"):
+        torch.autograd.grad(grad.sum(), x)
 
 
 @pytest.mark.parametrize("dtype", OUT_BOUNDS)

@@ -168,6 +168,7 @@ def test_compiled_without_a_graph_break_they_have_the_same_bits():
     [
         ([0.0] * HEADS, ringspan.ArgumentTypeError, "list"),
         (torch.zeros(HEADS, dtype=torch.int64), ringspan.ArgumentTypeError, "torch.int64"),
+        (torch.zeros(HEADS).to_sparse(), ringspan.ArgumentTypeError, "torch.sparse_coo"),
         (torch.zeros(KV_HEADS), ringspan.ArgumentError, r"shape \[2\], q has 4 heads"),
         (torch.zeros(HEADS, 1), ringspan.ArgumentError, r"shape \[4, 1\]"),
         (torch.zeros(HEADS, device="meta"), ringspan.ArgumentTypeError, "share one device"),
@@ -195,3 +196,17 @@ def test_ranks_that_disagree_on_sinks_are_told():
 
     run_local(presence, 2)
     run_local(gradients, 2)
+
+
+def test_queries_that_travel_to_the_keys_meet_their_sink_once():
+    q, k, v, *_ = whole(300)
+    q = q[:, :, :5]
+    alone = ringspan.ring_attention(q, k, v, sinks=SINKS, return_lse=True)
+
+    def work(group):
+        mine = (ringspan.shard(x, 2) for x in (q, k, v))
+        found = ringspan.ring_attention(*mine, sinks=SINKS, return_lse=True)
+        return [ringspan.unshard(x, 2) for x in found]
+
+    for found, expected in zip(run_local(work, 3)[0], alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -3,6 +3,7 @@
 import pytest
 from transport_behaviour import BEHAVIOURS, NUM_RANKS
 
+import ringspan
 from ringspan import run_local
 
 
@@ -29,3 +30,9 @@ def test_parcels_are_handed_over_without_a_copy():
         channel.close()
 
     run_local(work, 2, timeout=30)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e10, "60"])
+def test_a_timeout_that_no_wait_can_have_is_refused(timeout):
+    with pytest.raises(ringspan.ArgumentError, match="timeout must be"):
+        run_local(lambda group: None, 2, timeout=timeout)

@@ -9,8 +9,15 @@ import torch
 from torch import Tensor
 
 from ringspan import call, reshard
-from ringspan.arguments import check_alike, check_sinks, check_tensor, documents_tensor, normalised_options
-from ringspan.autograd import attend
+from ringspan.arguments import (
+    check_alike,
+    check_no_tangents,
+    check_sinks,
+    check_tensor,
+    documents_tensor,
+    normalised_options,
+)
+from ringspan.autograd import attend, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
 from ringspan.transport.table import check_transport, group_name, resolve
@@ -106,6 +113,7 @@ def ring_attention(
         if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
             check_alike(q, k, v)
         check_sinks(sinks, q)
+        check_no_tangents(q=q, k=k, v=v, sinks=sinks)
         documents = documents_tensor(cu_seqlens)
         options = normalised_options(
             causal=causal,
@@ -121,9 +129,12 @@ def ring_attention(
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
     except Exception as error:
-        if agreement is False:
+        if agreement is False or (torch.compiler.is_compiling() and not isinstance(q, Tensor)):
             raise
-        call.refuse(resolve(name), error)
+        if not torch.compiler.is_compiling():
+            call.refuse(resolve(name), error)
+        out, lse = refuse_later(q, type(error).__name__, str(error.args[0]), name)
+        return (out, lse) if return_lse else out
     out, lse = attend(
         q,
         k,
@@ -176,6 +187,8 @@ def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None)
     """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local])."""
     if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
         raise ArgumentTypeError(explain("num_tokens must be an integer.", got=repr(num_tokens)))
+    if num_tokens < 0:
+        raise ArgumentError(explain("num_tokens must be at least 0.", got=str(num_tokens)))
     transport = resolve(group_name(group))
     ranges = split(layout, num_tokens, transport.size).ranges(transport.rank)
     parts = [torch.arange(piece.start, piece.stop, piece.step) for piece in ranges]
@@ -187,7 +200,7 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
     device = q.device.type
-    if not torch.is_autocast_enabled(device):
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v))

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
 from ringspan.layout import check_name
 from ringspan.problem import UNBOUNDED
 
@@ -89,8 +91,9 @@ def check_tensor(name: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         known = ", ".join(map(str, DTYPES))
         raise ArgumentTypeError(explain(f"{name} has an unsupported dtype.", got=str(x.dtype), fix=f"one of {known}"))
-    if x.layout != torch.strided:
-        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=str(x.layout)))
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else str(x.layout)
+        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="documents: cu_seqlens"))
     if x.ndim != 4:
         raise ArgumentError(
             explain(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim].", got=f"shape {_shape(x)}")
@@ -103,9 +106,10 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Refuse sinks unless they are a number a query head, on q's device."""
     if sinks is None:
         return
-    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        got = str(sinks.dtype) if isinstance(sinks, Tensor) else str(type(sinks))
-        raise ArgumentTypeError(explain("sinks must be a torch.Tensor of floating point numbers.", got=got))
+    if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES or sinks.layout != torch.strided:
+        got = f"{sinks.dtype}, {sinks.layout}" if isinstance(sinks, Tensor) else str(type(sinks))
+        fix = f"a dense tensor of shape [{q.shape[1]}]"
+        raise ArgumentTypeError(explain("sinks must be a torch.Tensor of floating point numbers.", got=got, fix=fix))
     if sinks.shape != q.shape[1:2]:
         raise ArgumentError(
             explain(
@@ -118,6 +122,19 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         raise ArgumentTypeError(
             explain("sinks and q must share one device.", got=f"q: {q.device}, sinks: {sinks.device}", fix="use .to()")
         )
+
+
+def check_no_tangents(**tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation: torch would go on with a derivative of 0."""
+    for name, x in tensors.items():
+        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                explain(
+                    "ring_attention has no forward-mode derivative.",
+                    got=f"{name} carries a tangent (torch.func.jvp, jacfwd or torch.autograd.forward_ad)",
+                    fix="reverse mode: backward() or torch.autograd.grad",
+                )
+            )
 
 
 def check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:
@@ -175,17 +192,19 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
             explain("window_size must be two integers (left, right).", got=repr(window_size), fix="(-1, -1) is none")
         ) from None
     for side in (left, right):
-        if isinstance(side, bool) or not isinstance(side, int):
+        if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
             raise ArgumentTypeError(explain("window_size must be two integers (left, right).", got=repr(window_size)))
         if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
-                explain("window_size must be at least -1 on each side.", got=repr(window_size), fix="-1 is unbounded")
+                explain(
+                    "window_size must be -1 to 2**62 on each side.", got=repr(window_size)[:200], fix="-1 is unbounded"
+                )
             )
-    return left, right
+    return int(left), int(right)
 
 
 def _finite(softmax_scale: float) -> float:
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, np.integer, np.floating)):
         raise ArgumentTypeError(explain("softmax_scale must be a number.", got=repr(softmax_scale)))
     # Kernels scale in float32, where what is larger is infinite.
     if not abs(softmax_scale) <= torch.finfo(torch.float32).max:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ringspan import call
+from ringspan import call, errors
 from ringspan.arguments import Options
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
@@ -73,6 +73,17 @@ def attend_backward(
 def _(d_out, d_lse, q, k, v, out, lse, *options):
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv
+
+
+@torch.library.custom_op("ringspan::refuse", mutates_args=())
+def refuse_later(q: Tensor, kind: str, message: str, group: str) -> tuple[Tensor, Tensor]:
+    """What a graph holds of a call that was refused while it was traced: the other ranks hear of it when it runs."""
+    call.refuse(resolve(group), getattr(errors, kind, errors.ArgumentError)(message))
+
+
+@refuse_later.register_fake
+def _(q, kind, message, group):
+    return torch.empty_like(q), q.new_empty(q.shape[:3])
 
 
 def _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients) -> Options:

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ringspan.agreement import CALL, Terms
 from ringspan.call import begin, running
+from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, from_lengths
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Parcel, Spec
@@ -47,9 +47,15 @@ class _Unshard(torch.autograd.Function):
         return full
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_full: Tensor):
-        dim, layout, group, length = ctx.arguments
+        return _Summed.apply(d_full, *ctx.arguments), None, None, None, None
+
+
+class _Summed(torch.autograd.Function):
+    """This rank's shard of the sum of all ranks' tensors; a function of its own, for second derivatives to meet."""
+
+    @staticmethod
+    def forward(ctx, d_full: Tensor, dim: int, layout: str, group: str, length: int) -> Tensor:
         channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group, True)
         places = from_lengths(layout, agreed.query_lengths)
         with running(transport):
@@ -63,7 +69,11 @@ class _Unshard(torch.autograd.Function):
             for _, arrived in slices:
                 total = total + arrived
             channel.close()
-        return total.to(d_full.dtype), None, None, None, None
+        return total.to(d_full.dtype)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise UnsupportedError("unshard is differentiable once: its second derivative is not computed.")
 
 
 def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str, differentiated: bool):

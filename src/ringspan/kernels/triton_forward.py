@@ -90,7 +90,8 @@ def absorb_kernel(
     q = of_head(q, batch, head, q_strides)
     block_q = load_block(q, start, num_rows, q_strides, ROWS, DIMS, HEAD_DIM, WHOLE=False)
     if FLIPPED:
-        block_q = -block_q
+        # In float32: Triton 3.9's interpreter would negate the bit patterns of bfloat16.
+        block_q = (-block_q.to(tl.float32)).to(block_q.dtype)
     acc = of_head(acc, batch, head, acc_strides)
     acc_block = matrix_block(acc, start, acc_strides[2], acc_strides[3], ROWS, DIMS)
     exists = inside(start, num_rows, ROWS, DIMS, HEAD_DIM)

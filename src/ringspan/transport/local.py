@@ -64,9 +64,9 @@ def resolve_local(name: str) -> LocalGroup:
             return group
     raise ArgumentError(
         explain(
-            "a local ring must be used in its worker's own thread, forward and backward.",
+            "a local ring must be used in its worker's own thread, forward and backward, and while run_local runs.",
             got=f"a call on {name} from thread {threading.current_thread().name!r}, which is not a worker of it",
-            fix="call loss.backward() inside the function that run_local runs, not on tensors it returned",
+            fix="call ring_attention and loss.backward() inside the function that run_local runs",
         )
     )
 
@@ -79,11 +79,11 @@ def alone() -> LocalGroup:
 def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: float | None = None) -> list[Any]:
     """Run ``fn(group, *args)`` in `num_workers` threads of this process, as the ranks of one ring.
 
-    Returns the workers' results, by rank. Grad mode, inference mode and autocast of the caller hold in the
-    workers. torch's threads are shared out over the workers while they run. `timeout` bounds every wait of one
-    worker for another, in seconds (default 1800). Where CUDA is in use, each worker runs on a stream of its own of
-    the caller's current device, after what the caller has launched; what the caller launches next comes after them.
-    Backward runs in the worker's own thread on every device.
+    `group.rank()` and `group.size()` tell a worker its place. Returns the workers' results, by rank. Grad mode,
+    inference mode and autocast of the caller hold in the workers. torch's threads are shared out over the workers while
+    they run. `timeout` bounds every wait of one worker for another, in seconds (default 1800). Where CUDA is in use,
+    each worker runs on a stream of its own of the caller's current device, after what the caller has launched; what
+    the caller launches next comes after them. Backward runs in the worker's own thread on every device.
 
     If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
     ringspan with its type and the rank added, any other exception as WorkerError raised from it.
@@ -92,8 +92,9 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         raise ArgumentError(
             explain("num_workers must be an integer of at least 1.", got=repr(num_workers), fix="e.g. 4")
         )
-    if timeout is not None and not timeout > 0:
-        raise ArgumentError(explain("timeout must be a positive number of seconds.", got=repr(timeout)))
+    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout <= threading.TIMEOUT_MAX):
+        most = f"of at most {threading.TIMEOUT_MAX:.0e}"
+        raise ArgumentError(explain(f"timeout must be a positive number of seconds {most}.", got=repr(timeout)))
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise threads_are_not_captured()
     board = _Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))
