@@ -8,6 +8,10 @@ import torch
 from definition import attention, relative_error
 from gpu_at_hand import DEVICE, counting
 from processes import results, run_processes
+from test_sinks import SINKS
+from test_sinks import check as check_sinks
+from test_sinks import ring as ring_of_sinks
+from test_sinks import whole as whole_of_sinks
 from test_spmd import MASKS, Spmd, both, documents
 from whole import Case, check, ring
 
@@ -16,6 +20,7 @@ from ringspan import run_local
 from ringspan.kernels import table
 from ringspan.kernels.torch_cuda import LIBRARIES, TorchCuda
 from ringspan.kernels.triton_kernel import Triton
+from ringspan.problem import Mask
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
 TIMEOUT_S = 100  # the first rank to launch a kernel compiles it, for seconds
@@ -79,8 +84,19 @@ def test_grouped_heads_are_exact_whichever_side_travels_in_the_backward(kv_heads
     exact_ring(on_gpu(150, 8, kv_heads, layout="zigzag", options=dict(causal=True)), 3)
 
 
-def test_cross_attention_of_unequal_lengths_is_exact():
-    exact_ring(on_gpu(40, keys=100), 3)
+@pytest.mark.parametrize(("tokens", "keys"), [(40, 100), (5, 500), (1, 1000)])
+def test_cross_attention_of_unequal_lengths_is_exact(tokens, keys):
+    exact_ring(on_gpu(tokens, keys=keys), 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_ring_with_sinks_is_exact(dtype):
+    tensors = whole_of_sinks(300, dtype)
+    on_device = [x.to(DEVICE) for x in tensors]
+    sinks = SINKS.to(DEVICE)
+    found = run_local(lambda group: ring_of_sinks(on_device, sinks, "zigzag", causal=True), 4, timeout=TIMEOUT_S)
+    found = [{name: x.cpu() for name, x in mine.items()} for mine in found]
+    check_sinks(found, tensors, SINKS, Mask(300, 300, right=0), rounds_weights=dtype.itemsize == 2)
 
 
 @pytest.mark.parametrize("head_dim", [33, 128, 256])
