@@ -88,6 +88,16 @@ def test_a_trace_and_the_hidden_share_of_transfers_are_told(tmp_path):
     assert "(3 K/V shards, one copy for all" in ended.out or sys.platform != "linux"
 
 
+def test_few_queries_travel_and_the_steps_and_the_memory_are_told_so(tmp_path):
+    path, file = write_input(tmp_path / "in.safetensors", num_queries=5, num_keys=200), tmp_path / "trace.json"
+    ended = command("attend", path, "--workers", 3, "--transport", "torch_dist", "--trace", file)
+    assert ended.status == 0, ended.err
+    assert "step 4 of 4 of worker 0, about 0 s left" in ended.err  # three with queries, one in which states come home
+    assert "(2 query shards and 3 states on their way" in ended.out or sys.platform != "linux"
+    names = {event["name"].split()[0] for event in json.loads(file.read_text())["traceEvents"]}
+    assert {"shard", "state"} <= names and "gradient" not in names
+
+
 def test_a_trace_that_cannot_be_written_is_refused_before_the_work_and_destroys_nothing(tmp_path, ringspan):
     path, out = write_input(tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
     before = path.read_bytes()

@@ -129,10 +129,13 @@ def ring_attention(
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
     except Exception as error:
-        if agreement is False or (torch.compiler.is_compiling() and not isinstance(q, Tensor)):
+        if agreement is False:
             raise
         if not torch.compiler.is_compiling():
             call.refuse(resolve(name), error)
+        if not isinstance(q, Tensor):
+            raise
+        # While a graph is traced ranks cannot talk: it tells them when it runs.
         out, lse = refuse_later(q, type(error).__name__, str(error.args[0]), name)
         return (out, lse) if return_lse else out
     out, lse = attend(

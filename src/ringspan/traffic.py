@@ -36,7 +36,9 @@ def _add(sums: Tensors, parts: Tensors) -> None:
 
 def _begin_state(tensors: Tensors) -> None:
     acc, row_max, row_sum = tensors
-    acc.zero_(), row_max.fill_(NEVER), row_sum.zero_()
+    acc.zero_()
+    row_max.fill_(NEVER)
+    row_sum.zero_()
 
 
 GRADIENTS = Law(_zero, _add)

@@ -14,7 +14,8 @@ from ringspan.errors import ArgumentError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.layout import Layout, split
 from ringspan.problem import UNBOUNDED, Mask, Problem
-from ringspan.schedule.ring import ring_schedule
+from ringspan.schedule.contract import Travels
+from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 
 
@@ -59,7 +60,12 @@ class Job:
 
     def num_steps(self, rank: int) -> int:
         """Of a worker's forward."""
-        return len(ring_schedule(self.mask, self.layout("q"), self.layout("k"), rank).steps)
+        rides = self.travels == "queries"
+        return len(ring_schedule(self.mask, self.layout("q"), self.layout("k"), rank, self.travels, rides).steps)
+
+    @property
+    def travels(self) -> Travels:
+        return travelling_side(self.problem, backward=False)
 
 
 @dataclass(frozen=True)

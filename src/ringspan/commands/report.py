@@ -178,7 +178,9 @@ def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
     if not peaks:
         return "not measured" if peak_bytes is None else f"{_mib(peak_bytes)} MiB beyond inputs, all workers together"
     state, scratch = _mib(_state_bytes(job)), _mib(SCRATCH_BYTES)
-    if job.num_workers == 1 or any(one.flight_s is not None for one in spent):
+    if job.travels == "queries":
+        shards = f"2 query shards and 3 states on their way, at most {_mib(3 * _state_bytes(job))}"
+    elif job.num_workers == 1 or any(one.flight_s is not None for one in spent):
         shards = f"2 K/V shards {_mib(2 * _kv_bytes(job))}"
     else:  # mapped pages count for every process that maps them
         shards = f"{job.num_workers} K/V shards, one copy for all, {_mib(job.num_workers * _kv_bytes(job))}"
