@@ -45,6 +45,8 @@ def cases() -> list[Case]:
             options = options | {"agreement": False}
         if pick.random() < 0.3:
             options = options | {"transport": pick.choice(("shared_memory", "torch_dist"))}
+        masked = bool({"causal", "cu_seqlens"} & set(options))
+        keys = None if masked or "agreement" in options else pick.choice((None, 1, 50, 1000))
         found.append(
             Case(
                 tokens,
@@ -53,8 +55,9 @@ def cases() -> list[Case]:
                 pick.choice((8, 16, 40)),
                 batch=pick.choice((1, 2)),
                 dtype=pick.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
-                layout=pick.choice(("contiguous", "striped", "zigzag")),
+                layout=pick.choice(("contiguous", "striped", "zigzag")) if keys is None else "contiguous",
                 options=options,
+                keys=keys,
                 seed=number,
                 shared=pick.random() < 0.3,
             )

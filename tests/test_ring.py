@@ -128,6 +128,22 @@ def test_random_problems_are_exact(data):
     assert_ring_is_exact(case, data.draw(st.integers(1, 5)))
 
 
+@given(st.data())
+def test_random_cross_attention_is_exact_whichever_side_travels(data):
+    group, kv_heads = data.draw(st.sampled_from([(1, 1), (1, 2), (3, 1)]))
+    case = Case(
+        data.draw(st.integers(0, 40)),
+        group * kv_heads,
+        kv_heads,
+        data.draw(st.sampled_from([16, 33])),  # one number alone may cancel to any error of its own size
+        data.draw(st.sampled_from([1, 2])),
+        keys=data.draw(st.integers(0, 200)),
+        options={"softmax_scale": data.draw(st.floats(-1, 1, width=32))},
+        seed=data.draw(st.integers(0, 99)),
+    )
+    assert_ring_is_exact(case, data.draw(st.integers(1, 5)))
+
+
 def test_two_runs_of_one_call_give_the_same_bits():
     for layout in LAYOUTS:
         case = Case(130, 4, 2, dtype=torch.bfloat16, layout=layout, options=dict(causal=True))
