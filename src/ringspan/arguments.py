@@ -197,7 +197,9 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
         if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
                 explain(
-                    "window_size must be -1 to 2**62 on each side.", got=repr(window_size)[:200], fix="-1 is unbounded"
+                    "window_size must be at least -1 and at most 2**62 on each side.",
+                    got=repr(window_size)[:200],
+                    fix="-1 is unbounded",
                 )
             )
     return int(left), int(right)
