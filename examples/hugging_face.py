@@ -11,12 +11,12 @@ import copy
 
 import torch
 import torch.distributed as dist
-from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, GptOssConfig, GptOssForCausalLM
 
 import ringspan
 
 LAYOUT = "zigzag"
-# What models pass along that changes nothing here. All else would be ignored without a word: it is refused.
+# What models pass along that changes nothing here; all else is refused.
 HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
 
 
@@ -34,6 +34,12 @@ def ring_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def no_mask(*_, attention_mask=None, **__):
+    """What transformers asks for a mask, and without which it would drop one of padded tokens silently."""
+    if attention_mask is not None and not attention_mask.all():
+        raise NotImplementedError("no padding: pack documents, and pass cu_seqlens to ring_attention")
+
+
 def loss_of(model, tokens, labels, positions):
     """The mean over these tokens."""
     logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
@@ -43,6 +49,7 @@ def loss_of(model, tokens, labels, positions):
 def main() -> None:
     dist.init_process_group("gloo")
     AttentionInterface.register("ringspan", ring_attention)
+    AttentionMaskInterface.register("ringspan", no_mask)
     torch.manual_seed(0)  # the same weights and the same text on every rank
     config = GptOssConfig(
         vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,

@@ -81,7 +81,7 @@ def test_forward_mode_is_refused_and_not_a_derivative_of_0():
         torch.func.jacfwd(lambda sinks: ringspan.ring_attention(q, k, v, sinks=sinks))(sinks)
 
 
-def refused_while_compiled(rank):
+def refused_while_compiled(rank, dynamic):
     q, k, v = (x.detach() for x in tensors())
     sinks = torch.zeros(q.shape[1] + rank)
 
@@ -89,13 +89,14 @@ def refused_while_compiled(rank):
         return ringspan.ring_attention(q, k, v, sinks=sinks).square().sum()
 
     try:
-        torch.compile(fn, fullgraph=True, backend="aot_eager")(q, k, v, sinks)
+        torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")(q, k, v, sinks)
     except ringspan.RingspanError as error:
         return type(error).__name__, str(error)
 
 
-def test_what_is_refused_while_a_graph_is_traced_is_told_to_all_when_it_runs():
-    (first, told), (second, said) = results(run_processes(refused_while_compiled, 2))
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_refused_while_a_graph_is_traced_is_told_to_all_when_it_runs(dynamic):
+    (first, told), (second, said) = results(run_processes(refused_while_compiled, 2, dynamic))
     assert (first, second) == ("PeerRefusedError", "ArgumentError")
     assert "shape [5], q has 4 heads" in said and said.splitlines()[0] in told
 

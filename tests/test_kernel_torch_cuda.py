@@ -279,6 +279,17 @@ def test_auto_takes_the_libraries_only_where_one_full_tile_is_all_that_rows_see(
     assert len(counted.shapes) == taken
 
 
+def test_auto_takes_no_library_for_tiles_whose_rows_something_joins(counted):
+    q, k, v = torch.randn(3, 1, 2, 3000, 64).bfloat16().unbind()
+    ringspan.ring_attention(q, k, v, sinks=torch.zeros(2))
+
+    def work(group):  # one query shard for all ranks' keys, so one tile each
+        return ringspan.ring_attention(q[:, :, : 300 * (group.rank() == 0)], k, v, group=group)
+
+    ringspan.run_local(work, 2)
+    assert not counted.shapes
+
+
 def test_a_kernel_asked_for_by_name_is_the_one_that_serves(counted):
     x = torch.randn(1, 2, 320, 64).bfloat16()
     ringspan.ring_attention(x, x, x, kernel="reference")

@@ -120,6 +120,26 @@ def test_gradcheck_of_torch_passes():
     assert torch.autograd.gradcheck(fn, (q, k, v, sinks))
 
 
+def test_a_second_derivative_of_sinks_is_right():
+    q, k, v, *_ = (x[..., :3].detach().requires_grad_() for x in whole(5, torch.float64))
+    sinks = torch.tensor([0.5, -1.0, 2.0, -torch.inf], dtype=torch.float64, requires_grad=True)
+
+    def first(sinks, attend):
+        return torch.autograd.grad(attend(sinks).square().sum(), sinks, create_graph=True)[0][:3]
+
+    def plain(sinks):
+        wide = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+        keys, values = wide
+        scores = torch.cat([sinks.view(1, -1, 1, 1).expand(2, -1, 5, 1), q @ keys.mT * 3**-0.5], -1)
+        return scores.softmax(-1)[..., 1:] @ values
+
+    found, expected = (
+        torch.autograd.grad(first(sinks, attend).square().sum(), sinks)[0][:3]
+        for attend in (lambda sinks: ringspan.ring_attention(q, k, v, sinks=sinks), plain)
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("size", [1e4, -1e4])
 def test_sinks_far_from_all_scores_overflow_nothing(size):
     tensors = whole(33)

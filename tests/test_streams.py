@@ -74,6 +74,32 @@ def test_every_access_is_ordered_where_queries_travel(recorder, num_ranks):
     assert recorder.races == []
 
 
+def test_a_reader_s_mark_is_there_before_its_owner_may_see_that_it_is_done(recorder):
+    class Counts(dict):
+        def __setitem__(self, call, left):
+            assert left or box.read[call]
+            super().__setitem__(call, left)
+
+    def work(group):
+        nonlocal box
+        transport = group.transport
+        box = transport._board.boxes[0]
+        if transport.rank == 0:
+            box.num_readers = Counts()
+        transport.agree(transport.begin_call(), b"x")
+        channel = transport.channel(1, range(2))
+        mine = torch.zeros(1)
+        if transport.rank == 0:
+            channel.post(0, 0, [(1, Parcel((mine,)))])
+        else:
+            (parcel,) = channel.post(0, 0, (), [(0, spec_of([mine]))]).wait()
+            channel.release(parcel)
+        channel.close()
+
+    box = None
+    run_local(work, 2, timeout=60)
+
+
 @pytest.mark.parametrize(
     ("name", "where"),
     [

@@ -264,4 +264,4 @@ def _shape(x: Tensor) -> str:
 
 
 def _shape_of(shape: Sequence[int]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+    return f"[{', '.join(f'{length}' for length in shape)}]"  # not str, which dynamo cannot trace of symbolic sizes

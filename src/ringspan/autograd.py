@@ -112,8 +112,8 @@ def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Ten
     delta = (d_out.to(lse.dtype) * out).sum(-1)
     if d_lse is not None:
         delta = delta - d_lse
-    scores = sinks.to(lse.dtype).unsqueeze(-1)
-    weights = torch.where(lse.isneginf(), 0.0, torch.exp(scores - lse))  # such a row has none: its sink is -inf
+    # Of a row with lse -inf the sink is -inf too.
+    weights = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - torch.where(lse.isneginf(), 0.0, lse))
     return -(weights * delta).sum((0, 2)).to(sinks.dtype)
 
 

@@ -83,7 +83,7 @@ def forward(
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
-            job = _decide(channel, agreed, options, q, k).job(False, agreed.flipped, ring)
+            job = _decide(channel, agreed, options, q, k).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
             return execute.forward(job, channel, q, k, v, sinks)
 
@@ -216,13 +216,14 @@ class _Decided:
     scale: float
     rank: int
 
-    def job(self, backward: bool, flipped: int, ring: Ring) -> execute.Job:
+    def job(self, backward: bool, flipped: int, ring: Ring, sinks: bool = False) -> execute.Job:
         # Bounds belong to the queries of a rank, so with them it is the keys that travel.
         travels = "keys" if ring.bounds is not None else travelling_side(self.problem, backward)
         rides = backward or travels == "queries"
         schedule = ring_schedule(self.problem.mask, self.queries, self.keys, self.rank, travels, rides)
-        # The rows of travelling queries see other ranks' keys too.
-        kernel = self.kernel(travels == "keys" and sum(len(step.tiles) for step in schedule.steps) == 1)
+        # Sinks, and for travelling queries the keys of other ranks, join what a tile makes of a row.
+        only_tile = travels == "keys" and not sinks and sum(len(step.tiles) for step in schedule.steps) == 1
+        kernel = self.kernel(only_tile)
         q, k, v, do = (bool(flipped & bit) for bit in (_Q, _K, _V, _DO))
         wire = (k, v) if travels == "keys" else (q, do, False, False) if backward else (q,)
         return execute.Job(schedule, kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds)

@@ -48,27 +48,31 @@ class SoftmaxState:
 
     def merge_(self, acc: Tensor, row_max: Tensor, row_sum: Tensor | None = None) -> None:
         """Add another state of the same rows, in place. row_sum None: acc is already divided, row_max is lse."""
-        largest = torch.maximum(self.row_max, row_max)
-        # A row that neither side has seen keeps m = -inf; its factors must be e^-inf = 0, not e^nan.
-        base = torch.where(largest == NEVER, 0.0, largest)
-        mine, theirs = torch.exp(self.row_max - base), torch.exp(row_max - base)
+        largest, mine, theirs = _on_one_base(self.row_max, row_max)
         self.acc.mul_(mine.unsqueeze(-1)).addcmul_(acc, theirs.unsqueeze(-1))
         self.row_sum.mul_(mine).add_(theirs if row_sum is None else row_sum * theirs)
         self.row_max.copy_(largest)
 
-    def add_sinks_(self, sinks: Tensor) -> None:
-        """One key more for every row of head h, of score sinks[h] and value 0. sinks: [H]."""
-        scores = sinks.to(self.row_max.dtype).unsqueeze(-1).expand_as(self.row_max)
-        one = torch.ones((), dtype=self.acc.dtype, device=self.acc.device)
-        self.merge_(one * 0, scores, one)
-
     def finalize(self, dtype: torch.dtype, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up the state.
+        """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up acc.
 
-        sinks: taken in first.
+        sinks: [H]: for every row of head h one key more, of score sinks[h] and value 0.
         """
+        row_max, row_sum, share = self.row_max, self.row_sum, None
         if sinks is not None:
-            self.add_sinks_(sinks)
-        unseen = self.row_sum == 0
-        out = self.acc.div_(torch.where(unseen, 1.0, self.row_sum).unsqueeze(-1)).to(dtype)
-        return out, torch.where(unseen, NEVER, self.row_max + self.row_sum.log())
+            row_max, share, weight = _on_one_base(row_max, sinks.to(row_max.dtype).unsqueeze(-1))
+            row_sum = row_sum * share + weight
+        unseen = row_sum == 0
+        divisor = torch.where(unseen, 1.0, row_sum)
+        if share is not None:
+            divisor /= share  # inf where nothing is left of acc
+        out = self.acc.div_(divisor.unsqueeze(-1)).to(dtype)
+        return out, torch.where(unseen, NEVER, row_max + row_sum.log())
+
+
+def _on_one_base(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(the larger of two m, and by what the parts that were made with each must be multiplied to stand for it)."""
+    largest = torch.maximum(mine, theirs)
+    # A row that neither side has seen keeps m = -inf; its factors must be e^-inf = 0, not e^nan.
+    base = torch.where(largest == NEVER, 0.0, largest)
+    return largest, torch.exp(mine - base), torch.exp(theirs - base)

@@ -406,9 +406,9 @@ class _LocalChannel(Channel):
     def _count_readers(self, owner: int, change: int, read: Any = None) -> None:
         box = self._board.boxes[self._members[owner]]
         with box.changed:
-            left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
-            if read is not None:
+            if read is not None:  # before the count, which `close` looks at without the lock
                 box.read.setdefault(self._call, []).append(read)
+            left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
             if left == 0:  # what the owner waits for in `close`; waking it for every reader costs all of them
                 box.changed.notify_all()
 
