@@ -17,14 +17,14 @@ import ringspan
 
 LAYOUT = "zigzag"
 # What models pass along that changes nothing here; all else is refused.
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "output_router_logits"}
+HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
 
 
 def ring_attention(
     module, q, k, v, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, s_aux=None, **others
 ):
     """What transformers asks of an attention function: q, k, v are [B, H, T, D], out is [B, T, H, D]."""
-    unknown = sorted(name for name, x in others.items() if x is not None and name not in HARMLESS)
+    unknown = sorted(name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False)
     if attention_mask is not None or dropout or unknown:
         raise NotImplementedError(f"no masks but causal ones and windows, no dropout, and not {unknown}")
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)  # theirs counts the query's own key
