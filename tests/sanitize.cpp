@@ -203,6 +203,7 @@ void check_threads() {
     for (unsigned n = 0; n < 4; ++n) {
         callers.emplace_back([n] {
             Problem p = problem_of({{1, 2, 1, 150, 500, 8}, -1000, 1, false, n % 2 ? DType::bfloat16 : DType::float32}, n);
+            p.c.rounds_weights = n == 1 && kernels().rounded;
             forward(p, 1);
             backward(p, 1);
             const Problem alone = p;

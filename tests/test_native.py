@@ -399,7 +399,8 @@ def runs_of(tile, cuts):
 
 def in_runs(tile, cuts, num_threads=1):
     state = empty_state(*tile.q.shape)
-    _native.absorb_runs(*state, tile.q, list(runs_of(tile, cuts)), scale=tile.scale, num_threads=num_threads)
+    options = {"num_threads": num_threads, "rounds_weights": tile.rounds_weights}
+    _native.absorb_runs(*state, tile.q, list(runs_of(tile, cuts)), scale=tile.scale, **options)
     return state
 
 
@@ -407,7 +408,8 @@ def one_by_one(tile, cuts):
     state = empty_state(*tile.q.shape)
     for k, v, *visible in runs_of(tile, cuts):
         mask = dict(zip(("lower", "upper", "lo", "hi"), visible, strict=True))
-        _native.absorb(*state, tile.q, k, v, scale=tile.scale, num_threads=1, **mask)
+        options = {"num_threads": 1, "rounds_weights": tile.rounds_weights}
+        _native.absorb(*state, tile.q, k, v, scale=tile.scale, **options, **mask)
     return state
 
 
@@ -420,6 +422,17 @@ def test_runs_of_keys_in_one_call_have_the_bits_of_one_call_after_the_other(tile
     exact, _ = attention(tile.q, tile.k, tile.v, tile.visible, tile.scale)
     plain, _ = finalize(*tile.forward())
     assert relative_error(finalize(*together)[0], exact) <= 1.5 * relative_error(plain, exact) + 1e-6
+
+
+@rounds
+@thorough
+@given(tiles(), st.lists(st.floats(0, 1), max_size=5), st.sampled_from([1, 3]))
+def test_runs_have_the_bits_of_one_call_after_the_other_where_weights_are_rounded(tile, cuts, num_threads):
+    tile.q, tile.k, tile.v = (x.to(torch.bfloat16) for x in (tile.q, tile.k, tile.v))
+    tile.rounds_weights = True
+    cuts = [int(cut * tile.k.shape[2]) for cut in cuts]
+    together, apart = in_runs(tile, cuts, num_threads), one_by_one(tile, cuts)
+    assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
 
 
 def test_what_is_not_finite_in_one_run_reaches_only_the_rows_that_see_it():
