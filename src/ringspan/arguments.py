@@ -92,8 +92,8 @@ def check_tensor(name: str, x: Tensor) -> None:
         known = ", ".join(map(str, DTYPES))
         raise ArgumentTypeError(explain(f"{name} has an unsupported dtype.", got=str(x.dtype), fix=f"one of {known}"))
     if x.layout != torch.strided or x.is_nested:
-        got = "a nested tensor" if x.is_nested else str(x.layout)
-        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="documents: cu_seqlens"))
+        got, fix = ("a nested tensor", "pack it, cu_seqlens=") if x.is_nested else (str(x.layout), "use .to_dense()")
+        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix=fix))
     if x.ndim != 4:
         raise ArgumentError(
             explain(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim].", got=f"shape {_shape(x)}")

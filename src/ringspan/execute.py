@@ -7,6 +7,7 @@ are small and read in place, the forward computes some steps' tiles together.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,25 +81,17 @@ def _forward_of_travelling_queries(
 ) -> tuple[Tensor, Tensor]:
     """The same where queries are few: they go round, and their states ride along, as gradients do in the backward."""
     state = SoftmaxState.empty(q)
-    home = state.acc, state.row_max, state.row_sum
     clock = StepClock("forward", job.schedule)
     traffic = Traffic(channel, job.schedule, (q,), job.query_lengths, job.flipped, STATES)
     clock.handed_out()
+
+    def absorb(tile: Tile, visiting: Tensors, part: Tensors) -> None:
+        (rows,) = visiting
+        keys = _rows_of(k, tile.columns), _rows_of(v, tile.columns), job.visible(tile)
+        job.kernel.absorb_runs(SoftmaxState(*part).select(tile.rows), _rows_of(rows, tile.rows), [keys], job.scale)
+
     with channel.computing():
-        for step in job.schedule.steps:
-            (rows,) = traffic.visiting()
-            arriving, riding = traffic.post_step(step, home)
-            clock.posted()
-            part = traffic.begin_part(home) if step.index and step.tiles else home
-            for tile in step.tiles:
-                keys = _rows_of(k, tile.columns), _rows_of(v, tile.columns), job.visible(tile)
-                mine = SoftmaxState(*part).select(tile.rows)
-                job.kernel.absorb_runs(mine, _rows_of(rows, tile.rows), [keys], job.scale)
-            clock.computed((step.shard,) if step.tiles else ())
-            traffic.receive_rides(step, riding, part, home)
-            traffic.send_ride(step)
-            traffic.receive_shard(arriving)
-            clock.finish(step, arriving, riding)
+        _run_with_rides(job.schedule, clock, traffic, (state.acc, state.row_max, state.row_sum), absorb)
         out, lse = state.finalize(q.dtype, sinks)
     traffic.finish()
     return out, lse
@@ -120,24 +113,42 @@ def backward(
     clock = StepClock("backward", job.schedule)
     traffic = Traffic(channel, job.schedule, travelling, lengths, job.flipped)
     clock.handed_out()
+
+    def absorb(tile: Tile, visiting: Tensors, part: Tensors) -> None:
+        rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
+        rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
+        _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
+
     with channel.computing():
-        for step in job.schedule.steps:
-            visiting = traffic.visiting()
-            rows, keys = (staying, visiting) if keys_travel else (visiting, staying)
-            arriving, riding = traffic.post_step(step, home)
-            clock.posted()
-            part = traffic.begin_part(home) if step.index and step.tiles else home
-            rows_part, keys_part = (sums, part) if keys_travel else (part, sums)
-            for tile in step.tiles:
-                _absorb_gradient(job, tile, rows, keys, rows_part, keys_part)
-            clock.computed((step.shard,) if step.tiles else ())
-            traffic.receive_rides(step, riding, part, home)
-            traffic.send_ride(step)
-            traffic.receive_shard(arriving)
-            clock.finish(step, arriving, riding)
+        _run_with_rides(job.schedule, clock, traffic, home, absorb)
     traffic.finish()
     (dq,), (dk, dv) = rows_out, keys_out
     return dq, dk, dv
+
+
+def _run_with_rides(
+    schedule: Schedule,
+    clock: StepClock,
+    traffic: Traffic,
+    home: Tensors,
+    absorb: Callable[[Tile, Tensors, Tensors], None],
+) -> None:
+    """The loop where results for the travelling shards ride along. home: those for this rank's own shard.
+
+    absorb: computes a tile with what is visiting, into this rank's part of the result for it.
+    """
+    for step in schedule.steps:
+        visiting = traffic.visiting()
+        arriving, riding = traffic.post_step(step, home)
+        clock.posted()
+        part = traffic.begin_part(home) if step.index and step.tiles else home
+        for tile in step.tiles:
+            absorb(tile, visiting, part)
+        clock.computed((step.shard,) if step.tiles else ())
+        traffic.receive_rides(step, riding, part, home)
+        traffic.send_ride(step)
+        traffic.receive_shard(arriving)
+        clock.finish(step, arriving, riding)
 
 
 class _Absorbing:

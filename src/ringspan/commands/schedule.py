@@ -14,7 +14,7 @@ from ringspan.errors import ArgumentError, explain
 from ringspan.layout import Layout, split
 from ringspan.problem import Mask, Problem
 from ringspan.schedule.contract import Hop, Schedule, Travels
-from ringspan.schedule.ring import backward_hop_bytes, ring_schedule, travelling_side
+from ringspan.schedule.ring import backward_hop_bytes, forward_hop_bytes, ring_schedule, travelling_side
 from ringspan.state import state_dtype
 
 
@@ -129,8 +129,7 @@ def run(asked: Asked, num_workers: int, sizes: Sizes, backward: str | None, svg:
 
 
 def _forward_bytes(problem: Problem, shown: Scene) -> list[str]:
-    shard = 2 * problem.batch * problem.num_kv_heads * problem.head_dim * problem.itemsize_bytes
-    shard = shard * problem.mask.num_keys // shown.num_ranks
+    shard = forward_hop_bytes(problem, "keys") // shown.num_ranks
     return [f"bytes   {shown.num_hops} hops of one K/V shard of {_mib(shard)}, {_mib(shown.num_hops * shard)} in all"]
 
 
