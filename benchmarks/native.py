@@ -175,9 +175,11 @@ def measure_masks(args):
     q, k, v = (torch.randn(1, 4, length, 128) for _ in range(3))
     lo, hi = document_bounds([300, 2500, 77, 1200, 900, 15, 2000, 1200])
     rows = torch.arange(length)
+    frames = {"lo": (rows // 256 - 3).clamp(min=0).int() * 256, "hi": (rows // 256 + 1).int() * 256}
     masks = {
         "packed documents, 8 of unequal length": ({"lo": lo, "hi": hi}, int((hi - lo).sum())),
         "window 512 of 8192": ({"lower": -511, "upper": 1}, int(torch.clamp(rows + 1, max=512).sum())),
+        "frames of 256 tokens, each sees 3 before": (frames, int((frames["hi"] - frames["lo"]).sum())),
     }
     causal_pairs = length * (length + 1) // 2
     for name, (mask, pairs) in masks.items():

@@ -138,7 +138,8 @@ struct Arguments {
             stride[0] = stride[1] = 0;
             stride[2] = stride_of(x, 0);
         } else {
-            require_shape(name, "[T] or [B, H, T]", x, {sizes.batch, sizes.heads, sizes.queries});
+            const bool common = x.ndim() == 3 && x.shape(1) == 1;  // to all heads
+            require_shape(name, "[T], [B, 1, T] or [B, H, T]", x, {sizes.batch, common ? 1 : sizes.heads, sizes.queries});
             for (int axis = 0; axis < 3; ++axis) stride[axis] = stride_of(x, axis);
         }
         return static_cast<const int32_t*>(keep(x).data());

@@ -24,12 +24,12 @@ OUT_BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 4e-4, 
 
 
 def seen_by_mask(mask: Mask) -> Tensor:
-    """[num_queries, num_keys] bool, by brute force."""
+    """[num_queries, num_keys] bool, or [B, 1, ..], by brute force."""
     return torch.from_numpy(visible_pairs(mask))
 
 
 def seen_by_intervals(visible: RowIntervals) -> Tensor:
-    """[T, S] or [B, H, T, S] bool, from the words of Band and RowIntervals and none of their methods.
+    """[T, S], [B, H, T, S] or [B, 1, T, S] bool, from the words of Band and RowIntervals and none of their methods.
 
     On the default device, as what kernel_behaviour.py makes.
     """

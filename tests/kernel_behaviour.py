@@ -160,6 +160,7 @@ VISIBLE = {
     "any intervals": _random(),
     "any intervals in int32": _random(dtype=np.int32),
     "any intervals of each head": _random(BATCH, HEADS),
+    "any intervals of each batch entry": _random(BATCH, 1),
 }
 SIZES = [(1, 1), (1, 63), (63, 1), (63, 129), (129, 63), (129, 129), (333, 1000), (1000, 333), (1, 1000), (1000, 1)]
 HEAD_COUNTS = [(1, 1, 1), (2, 3, 3), (1, 6, 2), (2, 5, 1), (3, 8, 4)]
@@ -265,7 +266,7 @@ class KernelBehaviour:
         num_rows, num_keys, dim = (data.draw(number, name) for name in ("T", "S", "D"))
         batch, kv_heads, group = (data.draw(st.integers(1, 3), name) for name in ("B", "K", "group"))
         edge = st.none() | st.integers(-45, 45)
-        axes = data.draw(st.sampled_from([None, (), (batch, kv_heads * group)]), "axes of the intervals")
+        axes = data.draw(st.sampled_from([None, (), (batch, kv_heads * group), (batch, 1)]), "axes of the intervals")
         if axes is None:
             visible = RowIntervals(num_rows, num_keys, Band(data.draw(edge), data.draw(edge)))
         else:

@@ -41,11 +41,13 @@ def cases() -> list[Case]:
         if pick.random() < 0.25:
             cuts = sorted(pick.randint(0, tokens) for _ in range(3))
             options = options | {"cu_seqlens": [0, *cuts, tokens]}
+        if pick.random() < 0.25:
+            options = options | {"key_ranges": torch.tensor([[pick.randint(0, i), i + 1] for i in range(tokens)])}
         if tokens % NUM_RANKS == 0 and pick.random() < 0.5:  # unchecked: all ranks must hold equally many tokens
             options = options | {"agreement": False}
         if pick.random() < 0.3:
             options = options | {"transport": pick.choice(("shared_memory", "torch_dist"))}
-        masked = bool({"causal", "cu_seqlens"} & set(options))
+        masked = bool({"causal", "cu_seqlens", "key_ranges"} & set(options))
         keys = None if masked or "agreement" in options else pick.choice((None, 1, 50, 1000))
         found.append(
             Case(

@@ -31,6 +31,7 @@ DISAGREEMENTS = {
     "layout": ({}, dict(layout="zigzag"), "disagree on layout"),
     "scale": ({}, dict(softmax_scale=0.5), "disagree on softmax_scale"),
     "documents": ({}, dict(cu_seqlens=[0, 3, 24]), "disagree on cu_seqlens"),
+    "ranges": ({}, dict(key_ranges=torch.tensor([[0, 9]] * 24)), "disagree on key_ranges"),
     "kernel": ({}, dict(kernel="reference"), "disagree on kernel"),
 }
 
@@ -57,6 +58,24 @@ REFUSALS = {
     "scale size": (lambda q, k, v: ((q, k, v), dict(softmax_scale=10**400)), ValueError, "must be finite"),
     "documents size": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=(0, 2**70))), ValueError, "64-bit"),
     "documents type": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.zeros(2))), TypeError, "tensor of integers"),
+    "ranges type": (lambda q, k, v: ((q, k, v), dict(key_ranges=[[0, 9]] * 24)), TypeError, "must be a torch.Tensor"),
+    "ranges dtype": (lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 2))), TypeError, "must hold integers"),
+    "ranges shape": (lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24).int())), ValueError, "(start, stop)"),
+    "ranges shapes": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.zeros(24, 2).int(), torch.zeros(1, 24, 2).int()])),
+        ValueError,
+        "one shape",
+    ),
+    "ranges batch": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(2, 24, 2).int())),
+        ValueError,
+        "q's batch size",
+    ),
+    "ranges twice": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.tensor([[0, 9]] * 24)] * 2)),
+        ValueError,
+        "must not overlap",
+    ),
     "documents words": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=["a"])), TypeError, "must hold integers"),
 }
 
@@ -138,6 +157,8 @@ def test_lengths_that_no_zigzag_or_stripe_has_are_refused_on_every_rank():
             ringspan.ring_attention(q[:, :, 1:], k, v, causal=True)
         with pytest.raises(ValueError, match="cu_seqlens must end at"):
             ringspan.ring_attention(*shards(), cu_seqlens=[0, 23])
+        with pytest.raises(ValueError, match="a range for each query of the whole sequence"):
+            ringspan.ring_attention(*shards(), key_ranges=torch.zeros(23, 2).int())
         return good_call()
 
     for layout in ("zigzag", "striped"):

@@ -39,6 +39,7 @@ def masks(tokens):
         "window": dict(window_size=(20, 7)),
         "causal window": dict(causal=True, window_size=(50, 0)),
         "causal documents": dict(causal=True, cu_seqlens=[0, third, third, tokens - third, tokens]),
+        "key ranges": dict(key_ranges=torch.arange(2 * tokens, device="cpu").view(tokens, 2) * 41 % (tokens + 20) - 10),
     }
 
 

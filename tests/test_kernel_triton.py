@@ -189,12 +189,19 @@ def test_the_fused_merge_takes_a_part_of_a_state_and_no_rows_at_all():
 
 
 @pytest.mark.parametrize(
-    "kind", ["causal documents", "documents with a window", "any intervals", "any intervals of each head"]
+    "kind",
+    [
+        "causal documents",
+        "documents with a window",
+        "any intervals",
+        "any intervals of each head",
+        "any intervals of each batch entry",
+    ],
 )
 @pytest.mark.parametrize(("key_block", "row_block"), [(16, 8), (128, 64)])
 def test_row_ranges_hold_all_rows_that_see_a_block_of_keys(kind, key_block, row_block):
     known = bounds(VISIBLE[kind](301, 190), torch.device("cpu"))
-    group = 2 if known.lo.ndim == 3 else 1
+    group = 2 if known.lo.ndim == 3 and known.lo.shape[1] > 1 else 1
     found = row_ranges(known.lo, known.hi, 190, group, key_block, row_block)
     lo, hi = (x.numpy().reshape(-1, group, 301) for x in (known.lo, known.hi))
     blocks = np.arange(0, 301, row_block)

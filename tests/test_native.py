@@ -605,7 +605,7 @@ def test_a_wrong_argument_is_refused_by_name(name, value, error, words):
         (
             {"lo": torch.zeros(6, dtype=torch.int32), "hi": torch.zeros(2, 6, dtype=torch.int32)},
             ValueError,
-            r"hi must have shape \[T\] or \[B, H, T\]",
+            r"hi must have shape \[T\], \[B, 1, T\] or \[B, H, T\]",
         ),
         (
             {"lo": torch.zeros(6, dtype=torch.int32), "hi": torch.zeros(6, dtype=torch.int32), "upper": 1},

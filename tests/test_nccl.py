@@ -209,15 +209,8 @@ def ring_of(case, transport, kernel="auto"):
     where, where_keys = (held_by(transport, case.layout, tokens) for tokens in (case.tokens, keys))
     places = (where, where_keys, where_keys, where, where)
     q, k, v, do, dlse = (x[:, :, place] for x, place in zip(case.tensors(), places, strict=True))
-    left, right = case.options.get("window_size", (-1, -1))
-    documents = case.options.get("cu_seqlens")
-    options = Options(
-        left,
-        0 if case.options.get("causal") else right,
-        None if documents is None else tuple(documents),
-        case.layout,
-        kernel=kernel,
-    )
+    mask = case.mask
+    options = Options(mask.left, mask.right, mask.cu_seqlens, mask.key_ranges, case.layout, kernel=kernel)
     out, lse = call.forward(transport, q, k, v, options)
     dlse = torch.where(lse.isinf(), 0.0, dlse)
     dq, dk, dv = (grad.to(q.dtype) for grad in call.backward(transport, do, dlse, (q, k, v, out, lse), options))
@@ -237,6 +230,7 @@ CASES = [
         (dict(causal=True), 1),
         (dict(causal=True, window_size=(9, 0)), 4),
         (dict(cu_seqlens=[0, 8, 8, 30, 53]), 1),
+        (dict(key_ranges=[torch.tensor([[0, 9]] * 53), torch.tensor([[30, 44]] * 53)]), 2),
     )
 ]
 FEW_QUERIES = Case(9, 4, 4, 8, keys=53)  # these travel in the forward
@@ -255,7 +249,7 @@ def test_rings_under_ncclis_rules_are_exact(nccl, num_ranks):
         check(case, whole)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[9], CASES[11], FEW_QUERIES])
+@pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[13], FEW_QUERIES])
 def test_streams_order_every_access_under_ncclis_rules(nccl, case):
     assert races_of(case) == []
 

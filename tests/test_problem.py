@@ -5,7 +5,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from ringspan.problem import Mask, Problem
+from ringspan.problem import KeyRanges, Mask, Problem
 from ringspan.schedule.check import visible_pairs
 
 DOCUMENTS = {
@@ -23,12 +23,26 @@ MASKS = [
 UNEQUAL = [Mask(5, 29), Mask(29, 5), Mask(0, 7), Mask(7, 0)]
 
 
+def key_ranges(*shape: int, num_keys: int = 29) -> KeyRanges:
+    """Any: empty ones, stops before starts, some beyond the sequence."""
+    return KeyRanges.of(np.random.default_rng(sum(shape)).integers(-3, num_keys + 4, (*shape, 2)))
+
+
+RANGED = [
+    Mask(29, 29, key_ranges=(key_ranges(29),)),
+    Mask(29, 29, 5, 0, (0, 10, 10, 29), (key_ranges(29),)),
+    Mask(29, 29, right=3, key_ranges=(key_ranges(3, 29),)),
+    Mask(5, 29, key_ranges=(key_ranges(2, 5),)),
+    Mask(29, 5, key_ranges=(key_ranges(29, num_keys=5),)),
+]
+
+
 def test_every_query_sees_the_one_interval_that_the_words_of_the_mask_give_it():
-    for mask in MASKS + UNEQUAL:
+    for mask in MASKS + UNEQUAL + RANGED:
         lo, hi = mask.intervals(np.arange(mask.num_queries, dtype=np.int64))
         assert lo.dtype == hi.dtype == np.int64
         keys = np.arange(mask.num_keys)
-        seen = (lo[:, None] <= keys) & (keys < hi[:, None])
+        seen = (lo[..., None] <= keys) & (keys < hi[..., None])
         assert np.array_equal(seen, visible_pairs(mask)), mask
 
 
@@ -42,8 +56,10 @@ def test_intervals_do_not_depend_on_which_positions_are_asked_for():
 
 
 def test_visible_pairs_are_counted_as_brute_force_counts_them():
-    for mask in MASKS + UNEQUAL:
-        assert mask.num_visible_pairs() == visible_pairs(mask).sum(), mask
+    for mask in MASKS + UNEQUAL + RANGED:
+        assert mask.num_visible_pairs(mask.num_entries) == visible_pairs(mask).sum(), mask
+    for mask in (MASKS[-1], RANGED[0]):
+        assert mask.num_visible_pairs(3) == 3 * mask.num_visible_pairs()
 
 
 def test_the_brute_force_itself_says_what_the_words_say():
@@ -64,8 +80,34 @@ def test_a_position_is_in_the_document_that_is_not_empty():
 
 def test_only_a_mask_without_rules_sees_all():
     assert Mask(7, 9).sees_all
-    for mask in (Mask(7, 7, right=0), Mask(7, 7, left=3), Mask(7, 7, cu_seqlens=(0, 7))):
+    for mask in (Mask(7, 7, right=0), Mask(7, 7, left=3), Mask(7, 7, cu_seqlens=(0, 7)), RANGED[0]):
         assert not mask.sees_all
+
+
+def test_key_ranges_are_one_object_for_all_who_ask_for_the_same_and_others_for_others():
+    content = np.arange(24).reshape(12, 2)
+    first = KeyRanges.of(content)
+    assert KeyRanges.of(content.copy()) is first and first.lo.tolist() == list(range(0, 24, 2))
+    assert KeyRanges.of(content.reshape(2, 6, 2)) != first != KeyRanges.of(content + 1)
+    content[0, 1] = 7  # what it was made of may change
+    assert first.hi[0] == 1 and KeyRanges.of(content) != first
+
+
+def test_key_ranges_overlap_where_a_query_has_a_key_in_both():
+    def ranges(*pairs):
+        return KeyRanges.of(np.array(pairs))
+
+    assert ranges((0, 3), (2, 5)).overlaps(ranges((3, 4), (4, 9)))
+    assert not ranges((0, 3), (2, 5)).overlaps(ranges((3, 4), (5, 9)))
+    assert not ranges((0, 9), (0, 9)).overlaps(ranges((4, 4), (5, 3)))
+
+
+def test_a_mask_of_several_key_ranges_shows_what_its_parts_show():
+    cuts = np.sort(np.random.default_rng(0).integers(-2, 32, (2, 29, 4)), -1)
+    mask = Mask(29, 29, right=4, key_ranges=tuple(KeyRanges.of(cuts[..., i : i + 2]) for i in (0, 2)))
+    parts = sum(visible_pairs(part).astype(int) for part in mask.parts)
+    assert len(mask.parts) == 2 and np.array_equal(parts, visible_pairs(mask))
+    assert mask.num_visible_pairs(batch=2) == parts.sum()
 
 
 @pytest.mark.parametrize(

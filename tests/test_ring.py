@@ -24,6 +24,7 @@ def masks(tokens):
         "self only": dict(window_size=(0, 0)),
         "documents": dict(cu_seqlens=[0, third, third, tokens]),
         "causal documents": dict(causal=True, cu_seqlens=[0, third, tokens - third, tokens]),
+        "key ranges": dict(key_ranges=torch.arange(2 * tokens).view(tokens, 2) * 41 % (tokens + 20) - 10),
     }
 
 

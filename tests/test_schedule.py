@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ringspan.layout import LAYOUTS, Layout, from_lengths, split
-from ringspan.problem import Mask, Problem
+from ringspan.problem import KeyRanges, Mask, Problem
 from ringspan.schedule.check import ScheduleError, check, visible_pairs
 from ringspan.schedule.contract import Hop, Schedule
 from ringspan.schedule.ring import backward_hop_bytes, forward_hop_bytes, ring_schedule, travelling_side
@@ -29,15 +29,23 @@ RULES = {
     "left-open window": dict(right=3),
     "documents": dict(documents=True),
     "documents, causal window": dict(documents=True, left=7, right=0),
+    "key ranges": dict(ranges=((),)),
+    "causal key ranges of each batch entry": dict(ranges=((2,),), right=0),
+    "two key ranges a query": dict(ranges=((2,), (2,))),
 }
 
 
 def masked(rule: str, num_tokens: int) -> Mask:
-    """The rule's mask; its documents are of all sizes, some empty, and cut anywhere."""
+    """The rule's mask; its documents and ranges are of all sizes, some empty, and cut anywhere."""
     options = dict(RULES[rule])
     if options.pop("documents", False):
         a, b, c = (num_tokens * part // 64 for part in (9, 40, 41))
         options["cu_seqlens"] = (0, 0, a, a, a, b, c, num_tokens, num_tokens)
+    axes = options.pop("ranges", ())
+    if axes:  # each begins where the one before stops; the later in the sequence the further
+        cuts = np.random.default_rng(num_tokens).integers(-2, num_tokens // 2 + 3, (*axes[0], num_tokens, 3))
+        cuts = np.sort(cuts, -1) + np.arange(num_tokens)[:, None] // 2
+        options["key_ranges"] = tuple(KeyRanges.of(cuts[..., i : i + 2]) for i in range(len(axes)))
     return Mask(num_tokens, num_tokens, **options)
 
 
@@ -92,6 +100,7 @@ def test_contiguous_shards_may_be_uneven_and_empty(rule, travels, rides):
 def test_a_shard_reaches_exactly_the_ranks_that_use_it_once_each(name, rule, travels):
     mask, layout = masked(rule, 29), split(name, 29, 5)
     plans, pairs = schedules(mask, layout, layout, travels), visible_pairs(mask)
+    pairs = pairs.any((0, 1)) if pairs.ndim > 2 else pairs
     used = {
         (shard, rank)
         for shard, rank in product(range(5), range(5))

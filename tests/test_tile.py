@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringspan.layout import LAYOUTS, Layout, split
-from ringspan.problem import Mask
+from ringspan.problem import KeyRanges, Mask
 from ringspan.schedule.check import visible_pairs
 from ringspan.tile import Band, Kind, Piece, RowIntervals, Tile, tiles_between
 
@@ -32,7 +32,20 @@ def masks(draw) -> Mask:
     num_tokens = draw(st.integers(0, 40))
     left, right = (draw(st.just(-1) | st.integers(0, 45)) for _ in range(2))
     cuts = draw(st.none() | st.lists(st.integers(0, num_tokens), max_size=6).map(sorted))
-    return Mask(num_tokens, num_tokens, left, right, None if cuts is None else (0, *cuts, num_tokens))
+    documents = None if cuts is None else (0, *cuts, num_tokens)
+    return Mask(num_tokens, num_tokens, left, right, documents, draw(st.none() | key_ranges(num_tokens)))
+
+
+@st.composite
+def key_ranges(draw, num_tokens: int) -> tuple[KeyRanges, ...]:
+    """One, or two of which the second begins where the first ends; some reach beyond the sequence, some are empty."""
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    cuts = rng.integers(-5, num_tokens + 6, (*draw(st.sampled_from([(), (2,)])), num_tokens, 3))
+    if draw(st.booleans()):  # as in a sequence: ascending, so that there are long runs
+        cuts.sort(-2)
+    cuts.sort(-1)
+    parts = [cuts[..., :2], cuts[..., 1:]][: draw(st.integers(1, 2))]
+    return tuple(map(KeyRanges.of, parts))
 
 
 def slices(size: int) -> list[slice]:
@@ -55,7 +68,7 @@ def bounds(draw, shape: tuple[int, ...], num_keys: int) -> list[np.ndarray]:
 
 
 @st.composite
-def row_intervals(draw, leading_axes=((), (2, 3), (1, 1)), largest=9) -> RowIntervals:
+def row_intervals(draw, leading_axes=((), (2, 3), (2, 1)), largest=9) -> RowIntervals:
     num_rows, num_keys = (draw(st.integers(0, largest)) for _ in range(2))
     if draw(st.booleans()):
         return RowIntervals(num_rows, num_keys, Band(draw(edges), draw(edges)))
@@ -76,16 +89,17 @@ def test_the_tiles_of_any_two_shards_show_what_the_mask_shows(mask, query_name, 
 def assert_tiles_show(
     expected: np.ndarray, mask: Mask, queries: Layout, query_rank: int, keys: Layout, key_rank: int
 ) -> None:
-    for rows, columns in product(queries.ranges(query_rank), keys.ranges(key_rank)):
-        tile, pairs = Tile(rows, columns, 0, 0, mask), expected[np.ix_(rows, columns)]
-        assert np.array_equal(seen(tile.intervals()), pairs)
+    for part, rows, columns in product(mask.parts, queries.ranges(query_rank), keys.ranges(key_rank)):
+        tile, pairs = Tile(rows, columns, 0, 0, part), visible_pairs(part)[(..., *np.ix_(rows, columns))]
+        assert np.array_equal(np.broadcast_to(seen(tile.intervals()), pairs.shape), pairs)
         assert tile.kind is (kind_of(pairs) or tile.kind)
         assert (tile.kind in (Kind.BAND, Kind.GENERAL)) == (kind_of(pairs) is None)
-    found = np.zeros((queries.lengths[query_rank], keys.lengths[key_rank]), dtype=int)
+    held = (..., *np.ix_(queries.positions(query_rank), keys.positions(key_rank)))
+    found = np.zeros(expected[held].shape, dtype=int)
     for tile in tiles_between(queries.ranges(query_rank), keys.ranges(key_rank), mask):
         assert tile.kind is not Kind.EMPTY
-        found[tile.rows, tile.columns] += seen(tile.intervals())
-    assert np.array_equal(found, expected[np.ix_(queries.positions(query_rank), keys.positions(key_rank))])
+        found[..., tile.rows, tile.columns] += seen(tile.intervals())
+    assert np.array_equal(found, expected[held])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -149,14 +163,14 @@ def test_a_block_shows_what_the_whole_shows_there(visible):
 
 @given(row_intervals())
 def test_heads_are_chosen_where_intervals_have_heads(visible):
-    pairs = seen(visible)
+    whole = np.broadcast_to(seen(visible), (2, 3, visible.num_rows, visible.num_keys))
     for batch, heads in product(slices(2), slices(3)):
-        chosen = seen(visible.heads(batch, heads))
-        assert np.array_equal(chosen, pairs[batch, heads] if pairs.ndim == 4 else pairs)
+        expected = whole[batch, heads]
+        assert np.array_equal(np.broadcast_to(seen(visible.heads(batch, heads)), expected.shape), expected)
 
 
 @many_examples
-@given(row_intervals(leading_axes=[(), (2, 3)]), st.sampled_from([(), (2, 3)]), st.data())
+@given(row_intervals(leading_axes=[(), (2, 3), (2, 1)]), st.sampled_from([(), (2, 3)]), st.data())
 def test_within_bounds_only_what_both_show_is_left(visible, axes, data):
     lo, hi = data.draw(bounds((*axes, visible.num_rows), visible.num_keys))
     both = seen(visible) & seen(RowIntervals(visible.num_rows, visible.num_keys, None, lo, hi))

@@ -9,7 +9,7 @@ from definition import attention, bound_of_lse, bound_of_out, bounds_of_gradient
 from torch import Tensor
 
 import ringspan
-from ringspan.problem import Mask
+from ringspan.problem import KeyRanges, Mask
 
 
 @dataclass
@@ -43,18 +43,22 @@ class Case:
         dlse = torch.randn(rows, generator=generator, device="cpu").to(self.device)
         return [normal(*rows, self.head_dim), normal(*columns), normal(*columns), normal(*rows, self.head_dim), dlse]
 
-    def seen(self) -> Tensor:
+    @property
+    def mask(self) -> Mask:
         left, right = self.options.get("window_size", (-1, -1))
-        documents = self.options.get("cu_seqlens")
-        return seen_by_mask(
-            Mask(
-                self.tokens,
-                self.tokens if self.keys is None else self.keys,
-                left,
-                0 if self.options.get("causal") else right,
-                None if documents is None else tuple(documents),
-            )
-        ).to(self.device)
+        documents, ranges = self.options.get("cu_seqlens"), self.options.get("key_ranges")
+        parts = [ranges] if isinstance(ranges, Tensor) else ranges
+        return Mask(
+            self.tokens,
+            self.tokens if self.keys is None else self.keys,
+            left,
+            0 if self.options.get("causal") else right,
+            None if documents is None else tuple(documents),
+            None if parts is None else tuple(KeyRanges.of(part.numpy()) for part in parts),
+        )
+
+    def seen(self) -> Tensor:
+        return seen_by_mask(self.mask).to(self.device)
 
     @property
     def scale(self) -> float:

@@ -31,10 +31,10 @@ def absorb(
 
     acc [B, H, T, D], row_max and row_sum [B, H, T] are float32; (0, -inf, 0) has seen nothing. q [B, H, T, D], k
     and v [B, K, S, D] are float32, bfloat16 or float16 with any strides; query head h reads head h // (H / K). Row
-    i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T] or [B, H, T]; a row that
-    sees none keeps its bits. row_max is near the largest score, not necessarily equal to it. num_threads 0 means
-    every processor. The result does not depend on num_threads. rounds_weights: e^(s_ij - row_max) may be rounded to
-    bfloat16 before it meets v_j; needs bfloat16 inputs and an instruction set that offers it (info()).
+    i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T], [B, H, T] or [B, 1, T]; a
+    row that sees none keeps its bits. row_max is near the largest score, not necessarily equal to it. num_threads 0
+    means every processor. The result does not depend on num_threads. rounds_weights: e^(s_ij - row_max) may be rounded
+    to bfloat16 before it meets v_j; needs bfloat16 inputs and an instruction set that offers it (info()).
     """
 
 def absorb_runs(

@@ -16,6 +16,7 @@ from ringspan.arguments import (
     check_tensor,
     documents_tensor,
     normalised_options,
+    ranges_tensor,
 )
 from ringspan.autograd import attend, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
@@ -28,6 +29,7 @@ class _Options(TypedDict, total=False):
     causal: bool
     window_size: tuple[int, int]
     cu_seqlens: Sequence[int] | Tensor | None
+    key_ranges: Tensor | Sequence[Tensor] | None
     sinks: Tensor | None
     layout: str
     softmax_scale: float | None
@@ -57,6 +59,7 @@ def ring_attention(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     cu_seqlens: Sequence[int] | Tensor | None = None,
+    key_ranges: Tensor | Sequence[Tensor] | None = None,
     sinks: Tensor | None = None,
     layout: str = "contiguous",
     softmax_scale: float | None = None,
@@ -81,12 +84,18 @@ def ring_attention(
         window_size: (left, right): query p sees keys p - left .. p + right; -1 is unbounded.
         cu_seqlens: global document boundaries (0, ..., total), for every batch entry: a query sees its own
             document. Any lengths; a boundary may repeat.
+        key_ranges: [T, 2] or [B, T, 2], integers, T the number of queries of all ranks together: query p sees keys
+            key_ranges[p, 0] <= j < key_ranges[p, 1] of the whole sequence, none where that is empty; of a list of
+            such tensors those that are in any, and no two may overlap. For what the rules above do not say (padding,
+            prefixes, images within text: docs/masks.md); those of them that are given hold too. The same on every
+            rank, best on the CPU, where the values are read.
         sinks: [H], floating point: a learned score for each query head that every query has beside those of its
             keys, and that has no value: exp(sinks[h]) more in the denominators of softmax, and in lse. The same on
             every rank, which is not compared; its gradient is of this rank's queries, to be summed over ranks as
             those of other parameters are.
         layout: "contiguous", "striped" or "zigzag": which tokens this rank's shard holds (see `shard`). The
-            last two balance causal work. A mask or such a layout needs as many queries as keys in all.
+            last two balance causal work. A mask other than key_ranges, or such a layout, needs as many queries
+            as keys in all.
         softmax_scale: default D ** -0.5.
         return_lse: also return lse, the natural logarithm of the sum of exp of the scaled visible scores.
         kernel: "auto", or a name that `ringspan doctor` lists.
@@ -114,7 +123,7 @@ def ring_attention(
             check_alike(q, k, v)
         check_sinks(sinks, q)
         check_no_tangents(q=q, k=k, v=v, sinks=sinks)
-        documents = documents_tensor(cu_seqlens)
+        documents, ranges = documents_tensor(cu_seqlens), ranges_tensor(key_ranges)
         options = normalised_options(
             causal=causal,
             window_size=window_size,
@@ -144,6 +153,7 @@ def ring_attention(
         v,
         sinks,
         documents,
+        ranges,
         name,
         options.layout,
         options.left,

@@ -8,7 +8,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import combinations, pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 
 from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
 from ringspan.layout import check_name
-from ringspan.problem import UNBOUNDED
+from ringspan.problem import UNBOUNDED, KeyRanges
 
 _LARGEST_INT = 1 << 62
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,6 +31,7 @@ class Options:
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     cu_seqlens: tuple[int, ...] | None = None
+    key_ranges: tuple[KeyRanges, ...] | None = None
     layout: str = "contiguous"
     scale: float | None = None
     kernel: str = "auto"
@@ -181,7 +183,7 @@ def normalised_options(
     scale = None if softmax_scale is None else _finite(softmax_scale)
     documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
     check_documents(documents)
-    return Options(left, right, documents, layout, scale, kernel, transport, agreement, gradients)
+    return Options(left, right, documents, None, layout, scale, kernel, transport, agreement, gradients)
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:
@@ -228,6 +230,61 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
             )
         )
     return cu_seqlens.detach().to("cpu", torch.int64)
+
+
+def ranges_tensor(key_ranges: Tensor | Sequence[Tensor] | None) -> Tensor | None:
+    """One or several key_ranges as one int64 tensor on the CPU, [parts, T, 2] or [parts, B, T, 2].
+
+    What they have to fit is checked by those who know it.
+    """
+    if key_ranges is None:
+        return None
+    parts = [key_ranges] if isinstance(key_ranges, Tensor) else key_ranges
+    if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Tensor) for part in parts):
+        got = repr(key_ranges)[:200] if isinstance(parts, (list, tuple)) else str(type(key_ranges))
+        raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got))
+    for part in parts:
+        if part.is_floating_point() or part.is_complex() or part.dtype == torch.bool:
+            raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype)))
+        if part.ndim not in (2, 3) or part.shape[-1] != 2 or part.shape != parts[0].shape:
+            raise ArgumentError(
+                explain(
+                    "key_ranges must have a (start, stop) for each query, several of them one shape.",
+                    got=f"shape {' and '.join(_shape(x) for x in parts[:8])}",
+                    fix="shape [T, 2] or [batch, T, 2]",
+                )
+            )
+    return torch.stack([part.detach().to("cpu", torch.int64) for part in parts])
+
+
+def check_ranges(key_ranges: tuple[KeyRanges, ...] | None, q: Tensor) -> None:
+    """Refuse key ranges of another number of batch entries, and some that overlap."""
+    if key_ranges is None:
+        return
+    if key_ranges[0].num_entries not in (None, q.shape[0]):
+        raise ArgumentError(
+            explain(
+                "key_ranges [B, T, 2] must have q's batch size.",
+                got=f"B {key_ranges[0].num_entries}, q: batch {q.shape[0]}",
+                fix="[T, 2] holds for all batch entries",
+            )
+        )
+    overlapping = _overlapping(key_ranges)
+    if overlapping:
+        raise ArgumentError(
+            explain(
+                "several key_ranges must not overlap: a query would see a key twice.",
+                got=f"those at {overlapping[0]} and {overlapping[1]} do",
+                fix="start the one where the other stops",
+            )
+        )
+
+
+@lru_cache(maxsize=8)
+def _overlapping(key_ranges: tuple[KeyRanges, ...]) -> tuple[int, int] | None:
+    """Where two are that overlap."""
+    pairs = combinations(enumerate(key_ranges), 2)
+    return next(((i, j) for (i, first), (j, second) in pairs if first.overlaps(second)), None)
 
 
 def _boundaries(cu_seqlens: Sequence[int]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ringspan import call, errors
 from ringspan.arguments import Options
+from ringspan.problem import KeyRanges
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
 
@@ -23,6 +24,7 @@ def attend(
     v: Tensor,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
+    key_ranges: Tensor | None,
     group: str,
     layout: str,
     left: int,
@@ -33,7 +35,7 @@ def attend(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients)
+    options = _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients)
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
@@ -53,6 +55,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
+    key_ranges: Tensor | None,
     group: str,
     layout: str,
     left: int,
@@ -63,7 +66,7 @@ def attend_backward(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients)
+    options = _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients)
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
     return dq, dk, dv
@@ -86,25 +89,26 @@ def _(q, kind, message, group):
     return torch.empty_like(q), q.new_empty(q.shape[:3])
 
 
-def _options(cu_seqlens, layout, left, right, scale, kernel, transport, agreement, gradients) -> Options:
+def _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients) -> Options:
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    return Options(left, right, documents, layout, scale, kernel, transport, agreement, gradients)
+    ranges = None if key_ranges is None else tuple(map(KeyRanges.of, key_ranges.numpy()))
+    return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, gradients)
 
 
 def _keep(ctx, inputs, output) -> None:
-    q, k, v, sinks, cu_seqlens, *options = inputs
+    q, k, v, sinks, cu_seqlens, key_ranges, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens)
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens, key_ranges)
     ctx.options = options
 
 
 def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    q, k, v, out, lse, sinks, cu_seqlens = ctx.saved_tensors
+    q, k, v, out, lse, sinks, *mask = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, *ctx.options)
+    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, *mask, *ctx.options)
     d_sinks = _of_sinks(sinks, out, lse, d_out, d_lse) if ctx.needs_input_grad[3] else None
-    return (*grads, d_sinks, *(None for _ in range(len(ctx.options) + 1)))
+    return (*grads, d_sinks, *(None for _ in range(len(mask) + len(ctx.options))))
 
 
 def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:

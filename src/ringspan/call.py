@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ringspan import execute
 from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
-from ringspan.arguments import Options, check_documents, check_like, check_tensors
+from ringspan.arguments import Options, check_documents, check_like, check_ranges, check_tensors
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.contract import Kernel
@@ -75,6 +75,7 @@ def forward(
     def check() -> Terms:
         check_tensors(q, k, v)
         check_documents(options.cu_seqlens)
+        check_ranges(options.key_ranges, q)
         terms = _terms("ring_attention", (q, k, v), options, ring)
         terms.common["whether there are sinks"] = sinks is not None
         return terms
@@ -162,7 +163,8 @@ def _is_captured(device_type: str) -> bool:
 
 def _check_capture(q: Tensor, options: Options, ring: Ring) -> None:
     """Of a mask that a kernel may refuse to capture, on every rank alike: before any of them has begun."""
-    if (options.cu_seqlens is not None or ring.bounds is not None) and _is_captured(q.device.type):
+    spelled_out = (options.cu_seqlens, options.key_ranges, ring.bounds)
+    if any(rule is not None for rule in spelled_out) and _is_captured(q.device.type):
         raise mask_is_not_captured()
 
 
@@ -242,14 +244,15 @@ def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Te
 
 def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -> Mask:
     """The mask of the whole sequence; refuses what has no meaning for its lengths."""
-    mask = Mask(num_queries, num_keys, options.left, options.right, options.cu_seqlens)
-    if num_queries != num_keys and (options.layout != "contiguous" or not mask.sees_all):
-        what = f"layout={options.layout!r}" if mask.sees_all else "causal, window_size and cu_seqlens"
+    mask = Mask(num_queries, num_keys, options.left, options.right, options.cu_seqlens, options.key_ranges)
+    if num_queries != num_keys and (options.layout != "contiguous" or mask.sets_positions_equal):
+        rules = "causal, window_size and cu_seqlens"
+        what = rules if mask.sets_positions_equal else f"layout={options.layout!r}"
         raise LayoutError(
             explain(
                 f"{what} cannot be used with cross attention of unequal lengths.",
                 got=f"q: {num_queries} tokens, k: {num_keys} tokens over {num_ranks} ranks",
-                fix='layout="contiguous" without a mask',
+                fix='layout="contiguous" without a mask, or with key_ranges',
             )
         )
     if options.cu_seqlens is not None and options.cu_seqlens[-1] != num_queries:
@@ -258,6 +261,14 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
                 "cu_seqlens must end at the number of tokens of the whole sequence.",
                 got=f"it ends at {options.cu_seqlens[-1]}, the ranks hold {num_queries} tokens",
                 fix="boundaries are global, the same on every rank: (0, ..., total)",
+            )
+        )
+    if options.key_ranges is not None and options.key_ranges[0].num_queries != num_queries:
+        raise ArgumentError(
+            explain(
+                "key_ranges must have a range for each query of the whole sequence.",
+                got=f"{options.key_ranges[0].num_queries} ranges, the ranks hold {num_queries} queries",
+                fix="the same tensor [T, 2] or [B, T, 2] on every rank, T of all ranks together",
             )
         )
     return mask
@@ -271,6 +282,10 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     documents = None
     if options.cu_seqlens is not None:
         documents = f"{len(options.cu_seqlens) - 1} documents, digest {_digest(options.cu_seqlens)}"
+    ranges = None
+    if options.key_ranges is not None:
+        digest = _digest(tuple(part.digest for part in options.key_ranges))
+        ranges = f"{len(options.key_ranges)} for each of {options.key_ranges[0].num_queries} queries, digest {digest}"
     # Chosen again after the exchange; here, so that a rank whose kernels all decline refuses before it.
     kernel_table.choose(options.kernel, q.dtype, q.device, q.shape[3])
     common = {
@@ -284,6 +299,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "layout": options.layout,
         "causal and window_size, as (left, right)": [options.left, options.right],
         "cu_seqlens": documents,
+        "key_ranges": ranges,
         "softmax_scale": options.scale,
         "kernel": options.kernel,
         "transport": options.transport,

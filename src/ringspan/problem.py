@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 UNBOUNDED = -1
+_BEYOND = 1 << 62  # every sequence, with room for a sum
+
+
+@dataclass(frozen=True)
+class KeyRanges:
+    """For each query of the whole sequence one [lo, hi) of global key positions.
+
+    digest: stands for the content, and its shape, wherever two are compared.
+    lo, hi: int64, [T], or [B, 1, T] where batch entries differ (the axis between is of heads).
+    """
+
+    digest: bytes
+    lo: np.ndarray = field(compare=False)
+    hi: np.ndarray = field(compare=False)
+
+    @classmethod
+    def of(cls, ranges: np.ndarray) -> KeyRanges:
+        """Of [T, 2] or [B, T, 2]: a copy, which all who ask for the same share as long as one of them lives."""
+        ranges = np.ascontiguousarray(ranges, dtype=np.int64)
+        content = hashlib.blake2b(repr(ranges.shape).encode(), digest_size=12)
+        content.update(ranges.data)
+        digest = content.digest()
+        found = _shared.get(digest)
+        if found is None:
+            lo, hi = (ranges[..., side].clip(0, _BEYOND) for side in (0, 1))
+            found = cls(digest, lo, hi) if lo.ndim == 1 else cls(digest, lo[:, None], hi[:, None])
+            _shared[digest] = found
+        return found
+
+    @property
+    def num_queries(self) -> int:
+        return self.lo.shape[-1]
+
+    @property
+    def num_entries(self) -> int | None:
+        """How many batch entries they tell apart; None: they hold for all."""
+        return self.lo.shape[0] if self.lo.ndim > 1 else None
+
+    def overlaps(self, other: KeyRanges) -> bool:
+        """Whether some query has a key in both."""
+        return bool((np.maximum(self.lo, other.lo) < np.minimum(self.hi, other.hi)).any())
+
+
+_shared: WeakValueDictionary[bytes, KeyRanges] = WeakValueDictionary()
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Which keys each query sees: always ONE interval of global key positions.
+    """Which keys each query sees: ONE interval of global key positions, what all the rules leave; or, where key ranges
+    say so, several (`parts`).
 
     num_queries, num_keys: lengths of the whole sequences (all ranks together).
     left, right: query p sees keys p - left .. p + right; -1 is unbounded (flash-attention's window_size;
         causal is right = 0). Both need num_queries == num_keys.
     cu_seqlens: boundaries (0, ..., total) of packed documents, or None: a query sees its own document only.
+    key_ranges: a query sees only what is in one of these, of which no two overlap; or None.
     """
 
     num_queries: int
@@ -24,14 +72,32 @@ class Mask:
     left: int = UNBOUNDED
     right: int = UNBOUNDED
     cu_seqlens: tuple[int, ...] | None = None
+    key_ranges: tuple[KeyRanges, ...] | None = None
 
     @property
     def sees_all(self) -> bool:
-        return self.left == self.right == UNBOUNDED and self.cu_seqlens is None
+        return not self.sets_positions_equal and self.key_ranges is None
+
+    @property
+    def sets_positions_equal(self) -> bool:
+        """Whether a rule means query p and key p to be one token."""
+        return (self.left, self.right, self.cu_seqlens) != (UNBOUNDED, UNBOUNDED, None)
 
     @property
     def is_causal_only(self) -> bool:
-        return (self.left, self.right, self.cu_seqlens) == (UNBOUNDED, 0, None)
+        return (self.left, self.right, self.cu_seqlens, self.key_ranges) == (UNBOUNDED, 0, None, None)
+
+    @property
+    def parts(self) -> tuple[Mask, ...]:
+        """Masks of one interval a query, which together show what this one shows, and no pair twice."""
+        if self.key_ranges is None or len(self.key_ranges) == 1:
+            return (self,)
+        return tuple(replace(self, key_ranges=(ranges,)) for ranges in self.key_ranges)
+
+    @property
+    def num_entries(self) -> int:
+        """How many batch entries it tells apart; 1 where it holds for all."""
+        return self.key_ranges[0].num_entries or 1 if self.key_ranges else 1
 
     def document(self, position: int) -> tuple[int, int]:
         """The [start, end) of the document that holds a global position."""
@@ -41,7 +107,10 @@ class Mask:
         return self.cu_seqlens[index - 1], self.cu_seqlens[index]
 
     def intervals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Per query position the [lo, hi) of the global key positions that it sees (int64)."""
+        """Per query position the [lo, hi) of the global key positions that it sees (int64), of a mask of one part.
+
+        [positions], or [B, 1, positions] where batch entries differ.
+        """
         lo = np.zeros_like(positions)
         hi = np.full_like(positions, self.num_keys)
         if self.cu_seqlens is not None:
@@ -52,12 +121,19 @@ class Mask:
             lo = np.maximum(lo, positions - self.left)
         if self.right != UNBOUNDED:
             hi = np.minimum(hi, positions + self.right + 1)
+        if self.key_ranges is not None:
+            (ranges,) = self.key_ranges
+            lo = np.maximum(lo, ranges.lo[..., positions])
+            hi = np.minimum(hi, ranges.hi[..., positions])
         return lo, hi
 
-    def num_visible_pairs(self) -> int:
-        """Pairs (query, key) that the mask shows, for one head of one batch entry."""
-        lo, hi = self.intervals(np.arange(self.num_queries, dtype=np.int64))
-        return int(np.maximum(hi - lo, 0).sum())
+    def num_visible_pairs(self, batch: int = 1) -> int:
+        """Pairs (query, key) that the mask shows, for one head, in all of `batch` entries."""
+        pairs = 0
+        for part in self.parts:
+            lo, hi = part.intervals(np.arange(self.num_queries, dtype=np.int64))
+            pairs += int(np.maximum(hi - lo, 0).sum()) * (batch if lo.ndim == 1 else 1)
+        return pairs
 
 
 @dataclass(frozen=True)
@@ -77,5 +153,5 @@ class Problem:
     state_itemsize_bytes: int = 4
 
     def forward_flops(self) -> int:
-        """Floating-point operations of the two products of a forward: 4 * B * H * D * visible pairs."""
-        return 4 * self.batch * self.num_heads * self.head_dim * self.mask.num_visible_pairs()
+        """Floating-point operations of the two products of a forward: 4 * H * D * visible pairs of the batch."""
+        return 4 * self.num_heads * self.head_dim * self.mask.num_visible_pairs(self.batch)

@@ -46,7 +46,8 @@ class RowIntervals:
 
     num_rows, num_keys: the tile's size T, S.
     band: the rule, where there is one; else
-    lo, hi: int32 or int64 arrays, [T] or [B, H, T]; values are clipped to [0, S], lo >= hi sees nothing.
+    lo, hi: int32 or int64 arrays, [T], [B, H, T], or [B, 1, T] for all heads alike; values are clipped to [0, S],
+        lo >= hi sees nothing.
     """
 
     num_rows: int
@@ -65,7 +66,7 @@ class RowIntervals:
         return Kind.FULL if not lo.any() and (hi == self.num_keys).all() else Kind.GENERAL
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(lo, hi), int64, [T] or [B, H, T], clipped to [0, S]."""
+        """(lo, hi), int64, [T], [B, H, T] or [B, 1, T], clipped to [0, S]."""
         if self.band is None:
             assert self.lo is not None and self.hi is not None
             bounds = (self.lo.astype(np.int64), self.hi.astype(np.int64))
@@ -93,11 +94,11 @@ class RowIntervals:
         if self.band is not None or self.lo is None or self.lo.ndim == 1:
             return self
         assert self.hi is not None
-        chosen = (batch, heads)
+        chosen = (batch, heads if self.lo.shape[1] > 1 else slice(0, 1))
         return RowIntervals(self.num_rows, self.num_keys, None, self.lo[chosen], self.hi[chosen])
 
     def within(self, lo: np.ndarray, hi: np.ndarray) -> RowIntervals:
-        """The same, cut down to what bounds of the tile's own rows and keys leave: [T] or [B, H, T]."""
+        """The same, cut down to what bounds [B, H, T] of the tile's own rows and keys leave."""
         mine = self.arrays()
         return RowIntervals(self.num_rows, self.num_keys, None, np.maximum(mine[0], lo), np.minimum(mine[1], hi))
 
@@ -110,7 +111,7 @@ class RowIntervals:
         return int(lo[seeing].min()), int(hi[seeing].max())
 
     def num_visible_pairs(self) -> int:
-        """Visible (row, key) pairs; summed over B and H where the intervals have those axes."""
+        """Visible (row, key) pairs; summed over the axes that the intervals have."""
         lo, hi = self.arrays()
         return int(np.maximum(hi - lo, 0).sum())
 
@@ -162,7 +163,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries at some global positions against keys at others, under a mask; only how they lie to each other counts.
+    """Queries at some global positions against keys at others, under a mask of one part.
 
     row_start, key_start: where the two runs begin in their shards.
     """
@@ -183,7 +184,10 @@ class Tile:
 
     def intervals(self) -> RowIntervals:
         """Local key indices that each row sees."""
-        return self._in_band or (_kept_intervals if len(self.queries) <= _KEPT_ROWS else _intervals)(self)
+        if self._in_band is not None:
+            return self._in_band
+        num_rows = len(self.queries) * self.mask.num_entries
+        return (_kept_intervals if num_rows <= _KEPT_ROWS else _intervals)(self)
 
     @property
     def kind(self) -> Kind:
@@ -196,9 +200,11 @@ class Tile:
 
     @property
     def _band(self) -> Band | None:
-        """The tile as a diagonal band, where documents do not matter and both runs have one stride."""
+        """The tile as a diagonal band, where only a window matters and both runs have one stride."""
         if not self.queries or not self.keys:
             return Band()
+        if self.mask.key_ranges is not None:
+            return None
         stride = self.queries.step
         if not self.mask.sees_all and stride != self.keys.step:
             return None
@@ -223,7 +229,8 @@ def _intervals(tile: Tile) -> RowIntervals:
         -((tile.keys.start - bound) // tile.keys.step)
         for bound in tile.mask.intervals(positions)
     )
-    return RowIntervals(len(tile.queries), len(tile.keys), None, lo, hi)
+    found = RowIntervals(len(tile.queries), len(tile.keys), None, lo, hi)
+    return RowIntervals(len(tile.queries), len(tile.keys)) if found.kind is Kind.FULL else found
 
 
 # All layers of a model ask for the same ones. Up to 1 MiB each.
@@ -241,18 +248,22 @@ def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...]
         length = sum(map(len, query_ranges))
         return (_local_tile(slice(0, length), slice(0, length), right=0),) if length else ()
     found: list[Tile] = []
+    for tile in (tile for part in mask.parts for tile in _tiles_of(query_ranges, key_ranges, part)):
+        if tile.kind is not Kind.EMPTY:
+            found.append(tile)
+            while len(found) > 1 and (joined := _joined(found[-2], found[-1])):
+                found[-2:] = [joined]
+    return tuple(found)
+
+
+def _tiles_of(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> Iterator[Tile]:
     row_start = 0
     for queries in query_ranges:
         key_start = 0
         for keys in key_ranges:
-            tile = Tile(queries, keys, row_start, key_start, mask)
-            if tile.kind is not Kind.EMPTY:
-                found.append(tile)
-                while len(found) > 1 and (joined := _joined(found[-2], found[-1])):
-                    found[-2:] = [joined]
+            yield Tile(queries, keys, row_start, key_start, mask)
             key_start += len(keys)
         row_start += len(queries)
-    return tuple(found)
 
 
 def _joined(first: Tile, second: Tile) -> Tile | None:

@@ -81,11 +81,12 @@ def _seen(block: Block, visible: RowIntervals, device: torch.device) -> Tensor |
     if part.kind is Kind.FULL:
         return None
     lo, hi = (torch.from_numpy(bound).to(device) for bound in part.arrays())
+    num_heads = block.heads.stop - block.heads.start
     if lo.ndim == 1:
-        group = (block.heads.stop - block.heads.start) // block.num_kv_heads
-        lo, hi = (bound.repeat(group) for bound in (lo, hi))
+        lo, hi = (bound.repeat(num_heads // block.num_kv_heads) for bound in (lo, hi))
     else:
-        lo, hi = (bound.reshape(bound.shape[0], block.num_kv_heads, -1) for bound in (lo, hi))
+        wide = (bound.expand(-1, num_heads, -1) for bound in (lo, hi))
+        lo, hi = (bound.reshape(bound.shape[0], block.num_kv_heads, -1) for bound in wide)
     key = torch.arange(part.num_keys, device=device)
     return (lo[..., None] <= key) & (key < hi[..., None])
 

@@ -34,7 +34,7 @@ class Bounds:
         return self.rule | {"BAND": self.is_band}
 
     def ranges(self, group: int, key_block: int, row_block: int) -> tuple[Tensor, Strides]:
-        """(which row blocks see a block of keys, [B, K, key blocks, 4], its strides of the first three axes)."""
+        """(which row blocks see a block of keys, [B, K, key blocks, 4], its strides by batch, head and block)."""
         if self.is_band:
             return self.lo, (0, 0, 0)
         from ringspan.kernels.triton_ranges import row_ranges
@@ -43,8 +43,7 @@ class Bounds:
         if key not in self._ranges:
             self._ranges[key] = row_ranges(self.lo, self.hi, self.rule["num_keys"], *key)
         found = self._ranges[key]
-        batch, head, block, _ = found.stride()
-        return found, (batch, head, block) if self.lo.ndim == 3 else (0, 0, block)
+        return found, _strides(found[..., 0])
 
 
 # By tile, and then by device and stream: what was copied on one stream may not be there yet for another.
@@ -68,7 +67,7 @@ def mask_is_not_captured() -> UnsupportedError:
     return UnsupportedError(
         explain(
             "this mask cannot be captured into a CUDA graph.",
-            got="cu_seqlens or bounds: a graph does not repeat the copy of the rows' intervals to the GPU",
+            got="cu_seqlens, key_ranges or bounds: a graph does not repeat the copy of the rows' intervals to the GPU",
             fix="capture calls without them, or run this one outside of the graph",
         )
     )
@@ -88,8 +87,15 @@ def _of_arrays(visible: RowIntervals, device: torch.device) -> Bounds:
     if device.type == "cuda":  # from pinned memory the copy does not wait for the GPU, nor the host for it
         both = both.pin_memory().to(device, non_blocking=True)
     lo, hi = both
-    batch, head, row = lo.stride() if lo.ndim == 3 else (0, 0, lo.stride(0))
-    return Bounds(lo, hi, (batch, head, row), _rule(visible, 0, 0), False, visible.kind is not Kind.FULL)
+    return Bounds(lo, hi, _strides(lo), _rule(visible, 0, 0), False, visible.kind is not Kind.FULL)
+
+
+def _strides(x: Tensor) -> Strides:
+    """By batch entry, head and row, of [T], [B, 1, T] or [B, H, T]: 0 where all have the same."""
+    if x.ndim == 1:
+        return 0, 0, x.stride(0)
+    batch, head, row = (stride if length > 1 else 0 for stride, length in zip(x.stride(), x.shape, strict=True))
+    return batch, head, row
 
 
 def _rule(visible: RowIntervals, lower: int, upper: int) -> dict[str, int]:

@@ -20,13 +20,16 @@ _CHUNK_ROWS = 2048  # that a program looks at together
 
 
 def row_ranges(lo: Tensor, hi: Tensor, num_keys: int, group: int, key_block: int, row_block: int) -> Tensor:
-    """[B, K, key blocks, 4] of lo, hi [B, H, T], [1, 1, ..] of [T], int32: (begin, full_begin, full_end, end).
+    """[B, K, key blocks, 4] of lo, hi [B, H, T], [B, 1, ..] of [B, 1, T], [1, 1, ..] of [T], int32: (begin,
+    full_begin, full_end, end).
 
     Row blocks begin..end hold all rows that see a key of the block, of any of the `group` query heads that read a key
     head; full_begin..full_end, a run of them, see it whole in all of these heads.
     """
-    lo, hi, group = (lo, hi, group) if lo.ndim == 3 else (lo[None, None], hi[None, None], 1)
+    if lo.ndim == 1:
+        lo, hi = lo[None, None], hi[None, None]
     batch, heads, num_rows = lo.shape
+    group = group if heads > 1 else 1
     num_blocks = triton.cdiv(num_keys, key_block)
     ranges = torch.empty((batch, heads // group, num_blocks, 4), dtype=torch.int32, device=lo.device)
     launch(

@@ -39,29 +39,33 @@ def _require(truth: bool, message: str) -> None:
 
 
 def _check_pairs(schedules: Sequence[Schedule], mask: Mask, queries: Layout, keys: Layout) -> None:
-    computed = np.zeros((mask.num_queries, mask.num_keys), dtype=np.int64)
+    visible = visible_pairs(mask)
+    computed = np.zeros(visible.shape, dtype=np.int64)
     for plan in schedules:
         for step in plan.steps:
             query_rank, key_rank = (plan.rank, step.shard) if plan.travels == "keys" else (step.shard, plan.rank)
             held_queries, held_keys = queries.positions(query_rank), keys.positions(key_rank)
             for tile in step.tiles:
                 lo, hi = tile.intervals().arrays()
-                seen = np.arange(len(tile.keys)) >= lo[:, None]
-                seen &= np.arange(len(tile.keys)) < hi[:, None]
+                seen = np.arange(len(tile.keys)) >= lo[..., None]
+                seen &= np.arange(len(tile.keys)) < hi[..., None]
                 _require(bool(seen.any()), f"rank {plan.rank} computes a tile that shows nothing: {tile}")
                 rows, columns = held_queries[tile.rows], held_keys[tile.columns]
-                computed[np.ix_(rows, columns)] += seen
-    wrong = np.argwhere(computed != visible_pairs(mask))
+                computed[..., np.asarray(rows)[:, None], columns] += seen
+    wrong = np.argwhere(computed != visible)
     if len(wrong):
-        query, key = wrong[0].tolist()
+        place = tuple(wrong[0].tolist())
         raise ScheduleError(
-            f"query {query}, key {key} is computed {computed[query, key]} times, "
-            f"visible {bool(visible_pairs(mask)[query, key])}; {len(wrong)} pairs are wrong"
+            f"query {place[-2]}, key {place[-1]} is computed {computed[place]} times, "
+            f"visible {bool(visible[place])}; {len(wrong)} pairs are wrong"
         )
 
 
 def visible_pairs(mask: Mask) -> np.ndarray:
-    """[num_queries, num_keys] bool, from the words of the definition and nothing else."""
+    """[num_queries, num_keys] bool, from the words of the definition and nothing else.
+
+    [B, 1, num_queries, num_keys] where batch entries differ.
+    """
     seen = np.ones((mask.num_queries, mask.num_keys), dtype=bool)
     query, key = np.arange(mask.num_queries)[:, None], np.arange(mask.num_keys)[None, :]
     if mask.left >= 0:
@@ -71,6 +75,9 @@ def visible_pairs(mask: Mask) -> np.ndarray:
     if mask.cu_seqlens is not None:
         document = np.repeat(np.arange(len(mask.cu_seqlens) - 1), np.diff(mask.cu_seqlens))
         seen &= document[:, None] == document[None, :]
+    if mask.key_ranges is not None:
+        in_one = [(ranges.lo[..., None] <= key) & (key < ranges.hi[..., None]) for ranges in mask.key_ranges]
+        seen = seen & np.any(in_one, 0)
     return seen
 
 

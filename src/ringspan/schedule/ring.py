@@ -9,7 +9,7 @@ it carries, and a rank never holds more than the shard it works on and the one t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ringspan.layout import Layout
@@ -18,16 +18,11 @@ from ringspan.schedule.contract import Hop, Schedule, Step, Travels
 from ringspan.tile import Tile, tiles_between
 
 
-@lru_cache(maxsize=512)
 def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
     """One rank's schedule. rides: results for the travelling shard ride along: gradients, or states of queries."""
-    ring = _Ring(mask, query_layout, key_layout, travels)
-    steps = (ring.step(rank, index, rides) for index in range(ring.num_ranks + rides))
-    return Schedule(
-        rank, ring.num_ranks, travels, tuple(step for step in steps if not step.idle), tuple(ring.readers(rank))
-    )
+    return _ring(mask, query_layout, key_layout, travels).schedule(rank, rides)
 
 
 def travelling_side(problem: Problem, backward: bool) -> Travels:
@@ -63,19 +58,34 @@ def backward_hop_bytes(problem: Problem, travels: Travels) -> int:
 
 @dataclass(frozen=True)
 class _Ring:
+    """All ranks' schedules of one mask; each is made when it is asked for, and kept as long as this is."""
+
     mask: Mask
     query_layout: Layout
     key_layout: Layout
     travels: Travels
+    _schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict)
+    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict)
 
     @property
     def num_ranks(self) -> int:
         return self.query_layout.num_ranks
 
+    def schedule(self, rank: int, rides: bool) -> Schedule:
+        if (rank, rides) not in self._schedules:
+            steps = (self.step(rank, index, rides) for index in range(self.num_ranks + rides))
+            doing = tuple(step for step in steps if not step.idle)
+            readers = tuple(self.readers(rank))
+            self._schedules[rank, rides] = Schedule(rank, self.num_ranks, self.travels, doing, readers)
+        return self._schedules[rank, rides]
+
     def tiles(self, rank: int, shard: int) -> tuple[Tile, ...]:
         """What `rank` computes with the travelling `shard`."""
-        query_rank, key_rank = (rank, shard) if self.travels == "keys" else (shard, rank)
-        return _tiles(self.mask, self.query_layout, self.key_layout, query_rank, key_rank)
+        if (rank, shard) not in self._tiles:
+            query_rank, key_rank = (rank, shard) if self.travels == "keys" else (shard, rank)
+            queries, keys = self.query_layout.ranges(query_rank), self.key_layout.ranges(key_rank)
+            self._tiles[rank, shard] = tiles_between(queries, keys, self.mask)
+        return self._tiles[rank, shard]
 
     def works(self, index: int, shard: int) -> bool:
         """Whether the rank that meets `shard` at a step computes anything with it."""
@@ -129,6 +139,4 @@ class _Ring:
         return Hop((rank + 1) % self.num_ranks if goes_on else shard, shard)
 
 
-@lru_cache(maxsize=1 << 13)  # a ring of 64 and its masks; a mask may hold thousands of documents
-def _tiles(mask: Mask, query_layout: Layout, key_layout: Layout, query_rank: int, key_rank: int) -> tuple[Tile, ...]:
-    return tiles_between(query_layout.ranges(query_rank), key_layout.ranges(key_rank), mask)
+_ring = lru_cache(maxsize=32)(_Ring)  # few: a mask may hold the key ranges of a million queries
