@@ -88,7 +88,7 @@ def table():
 def native_forward(q, k, v, **options):
     """The tile into an empty state, and the state to (out, lse)."""
     batch, heads, length, dim = q.shape
-    acc = torch.zeros(batch, heads, length, dim)
+    acc = torch.zeros(batch, heads, length, v.shape[-1])
     row_max = torch.full((batch, heads, length), -math.inf)
     row_sum = torch.zeros(batch, heads, length)
     _native.absorb(acc, row_max, row_sum, q, k, v, scale=dim**-0.5, **options)
@@ -196,6 +196,33 @@ def measure_masks(args):
         )
 
 
+def measure_values(args):
+    """Keys of 192 and values of 128 numbers, causal, against the same with values padded to 192, and against torch."""
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 4, 4096, 192) for _ in range(2))
+    v, dout = (torch.randn(1, 4, 4096, 128) for _ in range(2))
+    padded_v, padded_dout = (F.pad(x, (0, 64)) for x in (v, dout))
+    options = {"num_threads": args.threads, "upper": 1}
+    ways = {
+        "forward": [
+            partial(native_forward, q, k, v, **options),
+            partial(native_forward, q, k, padded_v, **options),
+            partial(F.scaled_dot_product_attention, q, k, v, is_causal=True),
+        ],
+        "forward+backward": [
+            partial(native_forward_backward, q, k, v, dout, **options),
+            partial(native_forward_backward, q, k, padded_v, padded_dout, **options),
+            partial(torch_forward_backward, q, k, v, dout, True),
+        ],
+    }
+    for name, functions in ways.items():
+        times = rounds(functions, args.rounds)
+        padded, of_torch = (spread([t[i] / t[0] for t in times]) for i in (1, 2))
+        print(
+            f"{name + ' values of 128, keys of 192, causal':62} {padded} of padded, {of_torch} of torch's", flush=True
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -222,6 +249,8 @@ def main():
             measure(case, args, matmul)
     if args.only in "masks":
         measure_masks(args)
+    if args.only in "values":
+        measure_values(args)
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ static bool lies_in_pairs(const Input& x) {
 }
 
 // Whether the arrays can be multiplied as bfloat16 pairs. Tiles copy what does not lie in pairs.
-static bool makes_pairs(const Kernels& isa, const Sizes& sizes, std::initializer_list<const Input*> arrays) {
+static bool makes_pairs(const Kernels& isa, int64_t dim, std::initializer_list<const Input*> arrays) {
     return isa.has_pairs && std::all_of(arrays.begin(), arrays.end(), [&](const Input* x) {
-        return x->dtype == DType::bfloat16 && (isa.pairs_only || (sizes.dim % 2 == 0 && lies_in_pairs(*x)));
+        return x->dtype == DType::bfloat16 && (isa.pairs_only || (dim % 2 == 0 && lies_in_pairs(*x)));
     });
 }
 
@@ -82,11 +82,11 @@ void absorb(const AbsorbCall& given, int num_threads) {
     if (given.num_runs == 0) return;
     AbsorbCall call = given;
     const Sizes& sizes = call.sizes();
-    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim) return;
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim || !sizes.value_dim) return;
     const Kernels& asked = asked_for(call.rounds_weights);
     // The values are no pairs of dimensions, but those who have pairs only want them in bfloat16.
     call.bfloat16_pairs = std::all_of(call.runs, call.runs + call.num_runs, [&](const KeyRun& run) {
-        return makes_pairs(asked, sizes, {&call.q, &run.k}) && (!asked.pairs_only || run.v.dtype == DType::bfloat16);
+        return makes_pairs(asked, sizes.dim, {&call.q, &run.k}) && (!asked.pairs_only || run.v.dtype == DType::bfloat16);
     });
     const Kernels& isa = serving(asked, call.bfloat16_pairs);
     struct Context {
@@ -98,7 +98,7 @@ void absorb(const AbsorbCall& given, int num_threads) {
         const auto& c = *static_cast<Context*>(pointer);
         c.isa.absorb_item(c.call, c.items[i], scratch);
     };
-    run_items(num_threads, static_cast<int64_t>(context.items.size()), context.isa.absorb_scratch_bytes(sizes.dim), work, &context);
+    run_items(num_threads, static_cast<int64_t>(context.items.size()), context.isa.absorb_scratch_bytes(sizes), work, &context);
 }
 
 struct GradientOrder {
@@ -128,10 +128,10 @@ void finish_step(GradientOrder& order, int64_t item, int64_t step) { order.steps
 void absorb_gradient(const GradientCall& given, int num_threads) {
     GradientCall call = given;
     const Sizes& sizes = call.sizes;
-    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim) return;
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.keys || !sizes.dim || !sizes.value_dim) return;
     if (!call.dq.data && !call.dk.data) return;
     const Kernels& asked = asked_for(call.rounds_weights);
-    call.bfloat16_pairs = makes_pairs(asked, sizes, {&call.q, &call.k, &call.v, &call.dout});
+    call.bfloat16_pairs = makes_pairs(asked, sizes.dim, {&call.q, &call.k}) && makes_pairs(asked, sizes.value_dim, {&call.v, &call.dout});
     const Kernels& isa = serving(asked, call.bfloat16_pairs);
     const int64_t rows = isa.rows_per_tile, num_tiles = (sizes.keys + rows - 1) / rows, num_heads = sizes.batch * sizes.kv_heads;
     // Not by the number of threads: dq is summed item by item, and its bits must not depend on them.
@@ -156,7 +156,7 @@ void absorb_gradient(const GradientCall& given, int num_threads) {
         const auto& c = *static_cast<Context*>(pointer);
         c.isa.absorb_gradient_item(c.call, c.items[i], scratch);
     };
-    run_items(num_threads, static_cast<int64_t>(context.items.size()), isa.gradient_scratch_bytes(sizes.dim), work, &context);
+    run_items(num_threads, static_cast<int64_t>(context.items.size()), isa.gradient_scratch_bytes(sizes), work, &context);
 }
 
 }  // namespace ringspan

@@ -1,6 +1,7 @@
 // One tile of exact attention on a CPU: what a call is made of, and its two entry points.
 //
-// A tile is B x H x T queries against B x K x S keys of D numbers each. Query head h reads key/value head h / (H / K).
+// A tile is B x H x T queries against B x K x S keys of D numbers each, with values of E. Query head h reads key/value head
+// h / (H / K).
 // Strides count elements, so that [.., s, d] and [.., d, s] storage, slices and broadcasts are all read in place.
 #pragma once
 
@@ -11,19 +12,19 @@ namespace ringspan {
 enum class DType { float32, bfloat16, float16 };
 
 struct Sizes {
-    int64_t batch, heads, kv_heads, queries, keys, dim;
+    int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;
 
     int64_t group() const { return heads / kv_heads; }
 };
 
-// A read-only [B, heads, tokens, D] array.
+// A read-only [B, heads, tokens, D or E] array.
 struct Input {
     const void* data;
     DType dtype;
     int64_t stride[4];
 };
 
-// A float32 [B, heads, tokens, D] array that is added to. Its last stride is 1.
+// A float32 [B, heads, tokens, D or E] array that is added to. Its last stride is 1.
 struct Output {
     float* data;
     int64_t stride[4];

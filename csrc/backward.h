@@ -51,33 +51,34 @@ struct GradientScratch {
     static constexpr int64_t ds_weights_pitch() { return kDsHasTwoOrders ? kRows * kPanel : kItemKeys * kPanel; }
 };
 
-static Arena lay_out(GradientScratch& scratch, float* memory, int64_t dim) {
+static Arena lay_out(GradientScratch& scratch, float* memory, const Sizes& sizes) {
     Arena arena{memory};
-    const int64_t padded_dim = round_up(dim, kPanel), width = operand_floats(dim, kPairsOnly), num_panels = padded_dim / kPanel;
+    const int64_t key_floats = operand_floats(sizes.dim, kPairsOnly), value_floats = operand_floats(sizes.value_dim, kPairsOnly);
+    const int64_t padded_dim = round_up(sizes.dim, kPanel), padded_value_dim = round_up(sizes.value_dim, kPanel);
     for (KeyTile& tile : scratch.tiles) {
-        tile.keys = arena.take(width * kRows + kLanes);
-        tile.values = arena.take(width * kRows + kLanes);
+        tile.keys = arena.take(key_floats * kRows + kLanes);
+        tile.values = arena.take(value_floats * kRows + kLanes);
         tile.dk = arena.take(padded_dim * kRows);
-        tile.dv = arena.take(padded_dim * kRows);
+        tile.dv = arena.take(padded_value_dim * kRows);
     }
-    scratch.key_rows = arena.take(num_panels * kItemKeys * kTokenFloats);
-    scratch.block.query_columns = arena.take(width * kQueryBlock);
-    scratch.block.dout_columns = arena.take(width * kQueryBlock);
-    scratch.block.query_rows = arena.take(num_panels * kQueryBlock * kTokenFloats);
-    scratch.block.dout_rows = arena.take(num_panels * kQueryBlock * kTokenFloats);
+    scratch.key_rows = arena.take(padded_dim / kPanel * kItemKeys * kTokenFloats);
+    scratch.block.query_columns = arena.take(key_floats * kQueryBlock);
+    scratch.block.dout_columns = arena.take(value_floats * kQueryBlock);
+    scratch.block.query_rows = arena.take(padded_dim / kPanel * kQueryBlock * kTokenFloats);
+    scratch.block.dout_rows = arena.take(padded_value_dim / kPanel * kQueryBlock * kTokenFloats);
     scratch.p = arena.take(kQueryBlock * kRows);
     scratch.ds = arena.take(kQueryBlock * kItemKeys);
     scratch.ds_rows = arena.take(kDsHasTwoOrders ? kQueryBlock * kRows : 0);
     return arena;
 }
 
-static size_t gradient_scratch_bytes(int64_t dim) {
+static size_t gradient_scratch_bytes(const Sizes& sizes) {
     GradientScratch scratch;
-    return lay_out(scratch, nullptr, dim).used * sizeof(float);
+    return lay_out(scratch, nullptr, sizes).used * sizeof(float);
 }
 
 static void pack_keys(const GradientCall& call, const GradientItem& item, GradientScratch& scratch) {
-    const int64_t dim = call.sizes.dim, padded_dim = round_up(dim, kPanel), num_keys = item.last_key - item.first_key;
+    const int64_t dim = call.sizes.dim, value_dim = call.sizes.value_dim, num_keys = item.last_key - item.first_key;
     const Tokens k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
     scratch.num_tiles = static_cast<int>((num_keys + kRows - 1) / kRows);
     scratch.finite_keys = true;
@@ -87,10 +88,10 @@ static void pack_keys(const GradientCall& call, const GradientItem& item, Gradie
         tile.rows = num_keys - i * kRows < kRows ? static_cast<int>(num_keys - i * kRows) : kRows;
         tile.end = tile.begin + tile.rows;
         const float largest_key = pack_left(k, tile.begin, tile.rows, dim, call.bfloat16_pairs, tile.keys);
-        const float largest_value = pack_left(v, tile.begin, tile.rows, dim, call.bfloat16_pairs, tile.values);
+        const float largest_value = pack_left(v, tile.begin, tile.rows, value_dim, call.bfloat16_pairs, tile.values);
         scratch.finite_keys &= largest_key < __builtin_inff() && largest_value < __builtin_inff();
-        memset(tile.dk, 0, padded_dim * kRows * sizeof(float));
-        memset(tile.dv, 0, padded_dim * kRows * sizeof(float));
+        memset(tile.dk, 0, round_up(dim, kPanel) * kRows * sizeof(float));
+        memset(tile.dv, 0, round_up(value_dim, kPanel) * kRows * sizeof(float));
     }
     pack_keys_for_queries(k, item.first_key, num_keys, dim, kItemKeys, scratch.key_rows);
 }
@@ -111,7 +112,7 @@ static void look_at_rows(const GradientCall& call, int64_t b, QueryBlock& block)
 }
 
 static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block) {
-    const int64_t dim = call.sizes.dim, left = call.sizes.queries - block.first_row;
+    const int64_t dim = call.sizes.dim, value_dim = call.sizes.value_dim, left = call.sizes.queries - block.first_row;
     const int num_rows = left < kQueryBlock ? static_cast<int>(left) : kQueryBlock;
     block.finite = true;
     for (int r = 0; r < kQueryBlock; ++r) {
@@ -130,20 +131,23 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
     const Tokens q = tokens_of(call.q, b, block.head), dout = tokens_of(call.dout, b, block.head);
     for (int first = 0; first < kQueryBlock; first += kPanel) {
         const int64_t row = block.first_row + first, rows = num_rows - first;
-        const int64_t at = first * operand_floats(dim, call.bfloat16_pairs);
-        pack_right(q, row, rows, dim, call.bfloat16_pairs, block.query_columns + at);
-        pack_right(dout, row, rows, dim, call.bfloat16_pairs, block.dout_columns + at);
+        const bool pairs = call.bfloat16_pairs;
+        pack_right(q, row, rows, dim, pairs, block.query_columns + first * operand_floats(dim, pairs));
+        pack_right(dout, row, rows, value_dim, pairs, block.dout_columns + first * operand_floats(value_dim, pairs));
     }
     block.finite &= pack_weighted(q, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.query_rows);
-    block.finite &= pack_weighted(dout, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.dout_rows);
+    block.finite &= pack_weighted(dout, block.first_row, num_rows, value_dim, kQueryBlock, kQueryBlock, block.dout_rows);
 }
 
 // Scores and dp of one key tile and one query panel.
 static void multiply_queries(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp) {
-    const int64_t dim = call.sizes.dim, at = panel * kPanel * operand_floats(dim, call.bfloat16_pairs);
+    const int64_t dim = call.sizes.dim, value_dim = call.sizes.value_dim;
+    const bool pairs = call.bfloat16_pairs;
+    const float* queries = block.query_columns + panel * kPanel * operand_floats(dim, pairs);
+    const float* douts = block.dout_columns + panel * kPanel * operand_floats(value_dim, pairs);
     with_rows(tile.rows, [&]<int kR>() {
-        multiply_panel<kR>(tile.keys, block.query_columns + at, dim, call.bfloat16_pairs, kPanel, scores);
-        multiply_panel<kR>(tile.values, block.dout_columns + at, dim, call.bfloat16_pairs, kPanel, dp);
+        multiply_panel<kR>(tile.keys, queries, dim, pairs, kPanel, scores);
+        multiply_panel<kR>(tile.values, douts, value_dim, pairs, kPanel, dp);
     });
 }
 
@@ -181,7 +185,7 @@ static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, 
 }
 
 // dv, dk of one key tile += its part of the pairs that the slow path may visit: visible ones only.
-static void add_visible(GradientScratch& scratch, int number, int panel, int64_t dim) {
+static void add_visible(GradientScratch& scratch, int number, int panel, const Sizes& sizes) {
     KeyTile& tile = scratch.tiles[number];
     const QueryBlock& block = scratch.block;
     const float* p = scratch.p + panel * kRows * kPanel;
@@ -190,33 +194,32 @@ static void add_visible(GradientScratch& scratch, int number, int panel, int64_t
         for (int i = 0; i < kPanel; ++i) {
             const int query = panel * kPanel + i;
             if (tile.begin + r < block.lo[query] || tile.begin + r >= block.hi[query]) continue;
-            for (int64_t d = 0; d < dim; ++d) {
-                const int64_t to = d / kPanel * kRows * kPanel + r * kPanel + d % kPanel;
-                tile.dv[to] += p[r * kPanel + i] * weighted_at(block.dout_rows, kQueryBlock, query, d);
-                tile.dk[to] += ds[r * kPanel + i] * weighted_at(block.query_rows, kQueryBlock, query, d);
-            }
+            const auto add = [&](float* to, int64_t dim, float weight, const float* weighed) {
+                for (int64_t d = 0; d < dim; ++d) to[d / kPanel * kRows * kPanel + r * kPanel + d % kPanel] += weight * weighted_at(weighed, kQueryBlock, query, d);
+            };
+            add(tile.dv, sizes.value_dim, p[r * kPanel + i], block.dout_rows);
+            add(tile.dk, sizes.dim, ds[r * kPanel + i], block.query_rows);
         }
     }
 }
 
-static void add_to_keys(GradientScratch& scratch, int number, int first, int last, bool slow, int64_t dim) {
+static void add_to_keys(GradientScratch& scratch, int number, int first, int last, bool slow, const Sizes& sizes) {
     KeyTile& tile = scratch.tiles[number];
     const QueryBlock& block = scratch.block;
     if (slow) {
-        for (int p = first; p < last; ++p) add_visible(scratch, number, p, dim);
+        for (int p = first; p < last; ++p) add_visible(scratch, number, p, sizes);
         return;
     }
-    const int dim_panels = round_up(dim, kPanel) / kPanel;
+    const int dim_panels = round_up(sizes.dim, kPanel) / kPanel, value_panels = round_up(sizes.value_dim, kPanel) / kPanel;
     constexpr int kPitch = kQueryBlock * kTokenFloats;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, dim_panels);
+        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels);
         add_weighted<kR>(tile.dk, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels);
     });
 }
 
 // p, ds, dv and dk of one key tile and one block of queries.
 static void visit_tile(const GradientCall& call, GradientScratch& scratch, int number, bool slow) {
-    const int64_t dim = call.sizes.dim;
     const KeyTile& tile = scratch.tiles[number];
     const QueryBlock& block = scratch.block;
     const auto compute = slow ? compute_ds<true> : compute_ds<false>;
@@ -235,7 +238,7 @@ static void visit_tile(const GradientCall& call, GradientScratch& scratch, int n
         multiply_queries(call, tile, block, panel, p, ds);
         compute(tile, block, panel, base_two_scale(call.scale), !block.span[panel].sees_all(tile.begin, tile.end), p, ds, ds_weights);
     }
-    if (call.dk.data && first < last) add_to_keys(scratch, number, first, last, slow, dim);
+    if (call.dk.data && first < last) add_to_keys(scratch, number, first, last, slow, call.sizes);
 }
 
 // dq of one panel's rows += scale ds . keys over the tiles first .. last
@@ -307,26 +310,24 @@ static void visit_block(const GradientCall& call, const GradientItem& item, Grad
 }
 
 static void store_key_gradients(const GradientCall& call, const GradientItem& item, const GradientScratch& scratch) {
-    const int64_t dim = call.sizes.dim;
+    const auto add_row = [](const float* from, int r, float scale, int64_t dim, float* to) {
+        for (int64_t d = 0; d < dim; d += kPanel) {
+            const float* panel = from + d * kRows + r * kPanel;
+            for (int64_t i = 0; i < kPanel && d + i < dim; ++i) to[d + i] += scale * panel[i];
+        }
+    };
     for (int n = 0; n < scratch.num_tiles; ++n) {
         const KeyTile& tile = scratch.tiles[n];
         for (int r = 0; r < tile.rows; ++r) {
-            float* dk = call.dk.row(item.batch, item.kv_head, tile.begin + r);
-            float* dv = call.dv.row(item.batch, item.kv_head, tile.begin + r);
-            for (int64_t d = 0; d < dim; d += kPanel) {
-                const int64_t panel = d * kRows + r * kPanel;
-                for (int64_t i = 0; i < kPanel && d + i < dim; ++i) {
-                    dk[d + i] += call.scale * tile.dk[panel + i];
-                    dv[d + i] += tile.dv[panel + i];
-                }
-            }
+            add_row(tile.dk, r, call.scale, call.sizes.dim, call.dk.row(item.batch, item.kv_head, tile.begin + r));
+            add_row(tile.dv, r, 1, call.sizes.value_dim, call.dv.row(item.batch, item.kv_head, tile.begin + r));
         }
     }
 }
 
 static void absorb_gradient_item(const GradientCall& call, const GradientItem& item, void* memory) {
     GradientScratch scratch;
-    lay_out(scratch, static_cast<float*>(memory), call.sizes.dim);
+    lay_out(scratch, static_cast<float*>(memory), call.sizes);
     [[maybe_unused]] const ProductUnit unit;
     pack_keys(call, item, scratch);
     const int64_t num_blocks = (call.sizes.queries + kQueryBlock - 1) / kQueryBlock;

@@ -155,14 +155,15 @@ Array attention_input(const char* name, const char* axes, nb::handle object) {
 
 Sizes sizes_of(const Array& q, const Array& k, const Array& v) {
     const auto qs = shape_of(q), ks = shape_of(k);
-    const Sizes sizes{qs[0], qs[1], ks[1], qs[2], ks[2], qs[3]};
+    const Sizes sizes{qs[0], qs[1], ks[1], qs[2], ks[2], qs[3], shape_of(v)[3]};
     const int64_t kv_heads = ks[1];
     require_shape("k", "[B, K, S, D]", k, {sizes.batch, kv_heads, sizes.keys, sizes.dim});
-    require_shape("v", "[B, K, S, D]", v, {sizes.batch, kv_heads, sizes.keys, sizes.dim});
+    require_shape("v", "[B, K, S, E]", v, {sizes.batch, kv_heads, sizes.keys, sizes.value_dim});
     if (kv_heads == 0 ? sizes.heads != 0 : sizes.heads % kv_heads != 0) {
         refuse_value("q must have a multiple of the heads of k: q has " + std::to_string(sizes.heads) + ", k has " + std::to_string(kv_heads));
     }
     if (sizes.dim > kMaxDim) refuse_value("q must have at most 256 numbers a token (D), got " + std::to_string(sizes.dim));
+    if (sizes.value_dim > kMaxDim) refuse_value("v must have at most 256 numbers a token (E), got " + std::to_string(sizes.value_dim));
     if (sizes.keys > kMaxKeys) {
         refuse_value("k must have at most " + std::to_string(kMaxKeys) + " tokens (S), got " + std::to_string(sizes.keys));
     }
@@ -225,7 +226,7 @@ Mask mask_of(Arguments& arguments, const Sizes& sizes, nb::handle lower, nb::han
 }
 
 KeyRun key_run(Arguments& arguments, const Array& qa, nb::handle k, nb::handle v, nb::handle lower, nb::handle upper, nb::handle lo, nb::handle hi) {
-    const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, D]", v);
+    const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, E]", v);
     KeyRun run{};
     run.sizes = sizes_of(qa, ka, va);
     require_like_q("k", ka, qa);
@@ -261,7 +262,7 @@ AbsorbCall absorb_call(Arguments& arguments, const Array& qa, nb::handle acc, nb
     AbsorbCall call{};
     const Sizes& s = runs[0].sizes;
     call.q = arguments.input("q", qa);
-    call.acc = arguments.output("acc", "[B, H, T, D]", acc, {s.batch, s.heads, s.queries, s.dim});
+    call.acc = arguments.output("acc", "[B, H, T, E]", acc, {s.batch, s.heads, s.queries, s.value_dim});
     call.row_max = arguments.row_values("row_max", row_max, s, true);
     call.row_sum = arguments.row_values("row_sum", row_sum, s, true);
     call.scale = scale_of(scale);
@@ -291,10 +292,12 @@ void py_absorb_runs(nb::object acc, nb::object row_max, nb::object row_sum, nb::
     std::vector<KeyRun> found;
     for (size_t i = 0; i < items.size(); ++i) {
         found.push_back(key_run(arguments, qa, items[i], i));
-        if (found[i].sizes.kv_heads != found[0].sizes.kv_heads) {
-            refuse_value("runs[" + std::to_string(i) + "]: k must have as many heads as in runs[0], " + std::to_string(found[0].sizes.kv_heads) + ", got " +
-                         std::to_string(found[i].sizes.kv_heads));
-        }
+        const Sizes &mine = found[i].sizes, &first = found[0].sizes;
+        const auto refuse = [&](const char* what, int64_t wanted, int64_t got) {
+            refuse_value("runs[" + std::to_string(i) + "]: " + what + " as in runs[0], " + std::to_string(wanted) + ", got " + std::to_string(got));
+        };
+        if (mine.kv_heads != first.kv_heads) refuse("k must have as many heads", first.kv_heads, mine.kv_heads);
+        if (mine.value_dim != first.value_dim) refuse("v must have as many numbers a token (E)", first.value_dim, mine.value_dim);
     }
     const AbsorbCall call = absorb_call(arguments, qa, acc, row_max, row_sum, scale, rounds_weights, found);
     const int threads = threads_of(num_threads);
@@ -307,11 +310,10 @@ void py_absorb_gradient(nb::object dq, nb::object dk, nb::object dv, nb::object 
                         nb::object hi, nb::object num_threads, nb::object rounds_weights) {
     Arguments arguments;
     const Array qa = attention_input("q", "[B, H, T, D]", q);
-    const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, D]", v);
-    const Array da = attention_input("do", "[B, H, T, D]", dout);
+    const Array ka = attention_input("k", "[B, K, S, D]", k), va = attention_input("v", "[B, K, S, E]", v);
+    const Array da = attention_input("do", "[B, H, T, E]", dout);
     const Sizes s = sizes_of(qa, ka, va);
-    const std::vector<int64_t> like_q{s.batch, s.heads, s.queries, s.dim}, like_k{s.batch, s.kv_heads, s.keys, s.dim};
-    require_shape("do", "[B, H, T, D]", da, like_q);
+    require_shape("do", "[B, H, T, E]", da, {s.batch, s.heads, s.queries, s.value_dim});
     require_like_q("k", ka, qa);
     require_like_q("v", va, qa);
     require_like_q("do", da, qa);
@@ -322,10 +324,10 @@ void py_absorb_gradient(nb::object dq, nb::object dk, nb::object dv, nb::object 
     call.k = arguments.input("k", ka);
     call.v = arguments.input("v", va);
     call.dout = arguments.input("do", da);
-    if (!dq.is_none()) call.dq = arguments.output("dq", "[B, H, T, D]", dq, like_q);
+    if (!dq.is_none()) call.dq = arguments.output("dq", "[B, H, T, D]", dq, {s.batch, s.heads, s.queries, s.dim});
     if (!dk.is_none()) {
-        call.dk = arguments.output("dk", "[B, K, S, D]", dk, like_k);
-        call.dv = arguments.output("dv", "[B, K, S, D]", dv, like_k);
+        call.dk = arguments.output("dk", "[B, K, S, D]", dk, {s.batch, s.kv_heads, s.keys, s.dim});
+        call.dv = arguments.output("dv", "[B, K, S, E]", dv, {s.batch, s.kv_heads, s.keys, s.value_dim});
     }
     call.lse = arguments.row_values("lse", lse, s, false);
     call.delta = arguments.row_values("delta", delta, s, false);

@@ -77,23 +77,23 @@ static float rounding_factor(const Tile& tile, int r) {
     return factor < 2 ? factor : 1;  // a sum of 0, inf or NaN speaks for itself
 }
 
-static Arena lay_out(AbsorbScratch& scratch, float* memory, int64_t dim) {
+static Arena lay_out(AbsorbScratch& scratch, float* memory, const Sizes& sizes) {
     Arena arena{memory};
-    const int64_t padded_dim = round_up(dim, kPanel);
-    scratch.block.keys = arena.take(kKeyBlock * operand_floats(dim, kPairsOnly));
+    const int64_t key_floats = operand_floats(sizes.dim, kPairsOnly), padded_dim = round_up(sizes.value_dim, kPanel);
+    scratch.block.keys = arena.take(kKeyBlock * key_floats);
     scratch.block.values = arena.take(kKeyBlock * padded_dim / kPanel * kTokenFloats);
     scratch.weights = arena.take(kKeyBlock * kRows);
     for (Tile& tile : scratch.tiles) {
-        tile.queries = arena.take(operand_floats(dim, kPairsOnly) * kRows + kLanes);
+        tile.queries = arena.take(key_floats * kRows + kLanes);
         tile.acc = arena.take(padded_dim * kRows);
         tile.sums = arena.take(kRows * kSums * kLanes);
     }
     return arena;
 }
 
-static size_t absorb_scratch_bytes(int64_t dim) {
+static size_t absorb_scratch_bytes(const Sizes& sizes) {
     AbsorbScratch scratch;
-    return lay_out(scratch, nullptr, dim).used * sizeof(float);
+    return lay_out(scratch, nullptr, sizes).used * sizeof(float);
 }
 
 // to = from * factor, up to kPanel numbers
@@ -107,7 +107,7 @@ RINGSPAN_INLINE void scale_run(const float* from, float factor, int64_t count, f
 }
 
 static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
-    const int64_t dim = call.sizes().dim, t = tile.first_row + r;
+    const int64_t dim = call.sizes().value_dim, t = tile.first_row + r;
     const float row_max = call.row_max.at(b, tile.head, t);
     const bool is_new = row_max == -__builtin_inff();
     // acc e^m = acc 2^(m log2(e)) = (acc 2^fraction) 2^reference
@@ -129,7 +129,7 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
 }
 
 static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r) {
-    const int64_t dim = call.sizes().dim, t = tile.first_row + r;
+    const int64_t dim = call.sizes().value_dim, t = tile.first_row + r;
     const float sum = sum_of(load(sums_of(tile, r)));
     // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
     const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
@@ -164,12 +164,12 @@ static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t n
 }
 
 static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& tile) {
-    const int64_t dim = call.sizes().dim;
+    const Sizes& sizes = call.sizes();
     const float scale = base_two_scale(call.scale);
     const Tokens q = tokens_of(call.q, item.batch, tile.head);
-    tile.largest_query = pack_left(q, tile.first_row, tile.rows, dim, call.bfloat16_pairs, tile.queries) * scale * scale;
+    tile.largest_query = pack_left(q, tile.first_row, tile.rows, sizes.dim, call.bfloat16_pairs, tile.queries) * scale * scale;
     // Rows that see nothing are computed with the others and never stored.
-    memset(tile.acc, 0, round_up(dim, kPanel) * kRows * sizeof(float));
+    memset(tile.acc, 0, round_up(sizes.value_dim, kPanel) * kRows * sizeof(float));
     memset(tile.sums, 0, kRows * kSums * kLanes * sizeof(float));
     for (int r = 0; r < kRows; ++r) tile.reference[r] = -__builtin_inff(), tile.start[r] = 0;
     tile.started = true;
@@ -195,13 +195,13 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
 
 // Packs the panels that hold the keys begin .. end: all keys of these panels.
 static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, int32_t begin, int32_t end, KeyBlock& block) {
-    const int64_t dim = run.sizes.dim, num_keys = run.sizes.keys - block.begin;
+    const int64_t dim = run.sizes.dim, value_dim = run.sizes.value_dim, num_keys = run.sizes.keys - block.begin;
     const Tokens k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
     for (int p = (begin - block.begin) / kPanel; p * kPanel < end - block.begin; ++p) {
         const int first = p * kPanel;
         const int64_t count = num_keys - first < kPanel ? num_keys - first : kPanel;
         block.largest_key[p] = pack_right(k, block.begin + first, count, dim, pairs, block.keys + first * operand_floats(dim, pairs));
-        block.finite_values[p] = pack_weighted(v, block.begin + first, count, dim, kKeyBlock, kPanel, block.values + first * kTokenFloats);
+        block.finite_values[p] = pack_weighted(v, block.begin + first, count, value_dim, kKeyBlock, kPanel, block.values + first * kTokenFloats);
     }
 }
 
@@ -334,7 +334,7 @@ static SeenKeys seen_of(const KeyBlock& block, const Tile& tile) {
 }
 
 static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, const KeyBlock& block, float* weights, Fetch& fetch) {
-    const int64_t dim = run.sizes.dim;
+    const int64_t dim = run.sizes.dim, value_dim = run.sizes.value_dim;
     const float scale = base_two_scale(call.scale);
     const auto [begin, end, first, last] = seen_of(block, tile);
     if (first == last) return;
@@ -346,7 +346,7 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
         finite_values &= block.finite_values[p];
     }
     const bool safe = tile.largest_query * largest_key <= kSafeScore * kSafeScore;
-    if (safe && !tile.references_are_positive) make_references_positive(tile, block, dim);
+    if (safe && !tile.references_are_positive) make_references_positive(tile, block, value_dim);
     const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
     const bool plain = !finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end);
     int next = first;
@@ -361,21 +361,22 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
         finished[p] = !safe || !sees_all;
         if (finished[p]) finish_scores(tile, scale, key, sees_all, weights + p * kRows * kPanel);
     }
-    if (!safe) raise_references(tile, dim, first, last, weights);
+    if (!safe) raise_references(tile, value_dim, first, last, weights);
     if (plain) {
         compute_weights<true>(tile, scale, first, last, finished, sums, weights);
-        return add_visible_values(tile, block, dim, weights);
+        return add_visible_values(tile, block, value_dim, weights);
     }
     compute_weights<false>(tile, scale, next, last, finished, sums, weights);
     with_rows(tile.rows, [&]<int kR>() {
         add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
-                         round_up(dim, kPanel) / kPanel);
+                         round_up(value_dim, kPanel) / kPanel);
     });
 }
 
 static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int num_times) {
     const int64_t last = end - begin < kKeyBlock ? end : begin + kKeyBlock;
-    return fetch_of(tokens_of(run.k, item.batch, item.kv_head), tokens_of(run.v, item.batch, item.kv_head), run.sizes.dim, begin, last, num_times);
+    const Tokens k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
+    return fetch_of(k, v, run.sizes.dim, run.sizes.value_dim, begin, last, num_times);
 }
 
 // next: the run that comes after it, or null.
@@ -410,7 +411,7 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
 
 static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* memory) {
     AbsorbScratch scratch;
-    lay_out(scratch, static_cast<float*>(memory), call.sizes().dim);
+    lay_out(scratch, static_cast<float*>(memory), call.sizes());
     [[maybe_unused]] const ProductUnit unit;
     const int num_tiles = static_cast<int>(item.last_tile - item.first_tile);
     for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);

@@ -35,9 +35,9 @@ struct Kernels {
     int query_tiles_per_item;  // of absorb_item
     int key_tiles_per_item;    // of absorb_gradient_item
     int queries_per_step;      // of absorb_gradient_item
-    size_t (*absorb_scratch_bytes)(int64_t dim);
+    size_t (*absorb_scratch_bytes)(const Sizes& sizes);
     void (*absorb_item)(const AbsorbCall&, const AbsorbItem&, void* scratch);
-    size_t (*gradient_scratch_bytes)(int64_t dim);
+    size_t (*gradient_scratch_bytes)(const Sizes& sizes);
     void (*absorb_gradient_item)(const GradientCall&, const GradientItem&, void* scratch);
 };
 

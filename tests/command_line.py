@@ -47,10 +47,13 @@ def command(*words: object, program: tuple[str, ...] = ("-m", "ringspan")) -> En
     return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
-def write_input(path: Path, num_queries=61, num_keys=61, heads=4, kv_heads=2, dim=8, dtype=torch.float32) -> Path:
+def write_input(
+    path: Path, num_queries=61, num_keys=61, heads=4, kv_heads=2, dim=8, value_dim=8, dtype=torch.float32
+) -> Path:
     """A file of random q, k and v, two batch entries."""
     made = torch.Generator().manual_seed(0)
-    shapes = {"q": (2, heads, num_queries, dim)} | dict.fromkeys("kv", (2, kv_heads, num_keys, dim))
+    keys = (2, kv_heads, num_keys)
+    shapes = {"q": (2, heads, num_queries, dim), "k": (*keys, dim), "v": (*keys, value_dim)}
     save_file({name: torch.randn(shape, generator=made).to(dtype) for name, shape in shapes.items()}, path)
     return path
 

@@ -1,7 +1,7 @@
 """Compiles a Triton kernel for a GPU that need not be there, and prints what it needs: a process of its own, since in
 Triton's interpreter there is no compiler.
 
-    python compiling.py ARCHITECTURE KERNEL DTYPE HEAD_DIM [general] [strided]
+    python compiling.py ARCHITECTURE KERNEL DTYPE HEAD_DIM[/that of v] [general] [strided]
 """
 
 import json
@@ -60,18 +60,20 @@ def compile_for(
     name: str,
     dtype: str,
     head_dim: int,
+    value_dim: int,
     band: bool = True,
     contiguous: bool = True,
     flagged: bool = False,
 ):
-    dims = triton.next_power_of_2(head_dim)
+    dims, value_dims = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_dim))
     capability = divmod(architecture, 10)
     if name == "merge":
+        dims = triton.next_power_of_2(head_dim)
         config = Config(triton_merge._ELEMENTS // dims, 0, 4, 1)  # Triton's own number of warps
     else:
-        dims = max(16, dims)
-        config = getattr(configs(capability, dims, 4 if dtype == "f32" else 2), name)
-    constants = {"HEAD_DIM": head_dim, "DIMS": dims, "ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
+        config = getattr(configs(capability, max(dims, value_dims), 4 if dtype == "f32" else 2), name)
+    constants = {"HEAD_DIM": head_dim, "DIMS": dims, "VALUE_DIM": value_dim, "VALUE_DIMS": value_dims}
+    constants |= {"ROWS": config.rows, "KEYS": config.keys, "STAGES": config.stages}
     constants |= {"BAND": band, "FLIPPED": False, "FLAGGED": flagged}
     return config, triton.compile(
         source(KERNELS[name], dtype, constants, contiguous),
@@ -114,10 +116,10 @@ def loops(cubin: bytes) -> list[dict[str, int]]:
 
 
 if __name__ == "__main__":
-    architecture, name, dtype, head_dim, *options = sys.argv[1:]
-    config, compiled = compile_for(
-        int(architecture), name, dtype, int(head_dim), "general" not in options, "strided" not in options
-    )
+    architecture, name, dtype, dims, *options = sys.argv[1:]
+    head_dim, value_dim = (int(dims.split("/")[i]) for i in (0, -1))
+    how = "general" not in options, "strided" not in options
+    config, compiled = compile_for(int(architecture), name, dtype, head_dim, value_dim, *how)
     needed = {
         "config": config,
         "warps": config.warps,

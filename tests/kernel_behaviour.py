@@ -51,12 +51,22 @@ class Tile(NamedTuple):
 
 
 def make_tile(
-    visible: RowIntervals, *, batch=1, heads=2, kv_heads=1, dim=16, dtype=torch.float32, scale=None, size=1.0
+    visible: RowIntervals,
+    *,
+    batch=1,
+    heads=2,
+    kv_heads=1,
+    dim=16,
+    value_dim=None,
+    dtype=torch.float32,
+    scale=None,
+    size=1.0,
 ) -> Tile:
     """Normal numbers, on the default device; scores then have a standard deviation of size**2."""
     num_rows, num_keys = visible.num_rows, visible.num_keys
-    q, do = (_normal(batch, heads, num_rows, dim).to(dtype) for _ in range(2))
-    k, v = (_normal(batch, kv_heads, num_keys, dim).to(dtype) for _ in range(2))
+    dims = dim, value_dim or dim
+    q, do = (_normal(batch, heads, num_rows, length).to(dtype) for length in dims)
+    k, v = (_normal(batch, kv_heads, num_keys, length).to(dtype) for length in dims)
     dlse = _normal(batch, heads, num_rows).to(state_dtype(dtype))
     return Tile(q * size, k * size, v, do, dlse, visible, dim**-0.5 if scale is None else scale)
 
@@ -68,7 +78,7 @@ def _normal(*shape: int) -> Tensor:
 
 def forward(kernel: Kernel, tile: Tile, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse). dtype: of out, q's unless said."""
-    state = SoftmaxState.empty(tile.q)
+    state = SoftmaxState.empty(tile.q, tile.v.shape[-1])
     kernel.absorb(state, tile.q, tile.k, tile.v, tile.visible, tile.scale)
     return state.finalize(dtype or tile.q.dtype)
 
@@ -231,6 +241,16 @@ class KernelBehaviour:
         for dim in self.head_dims:
             self.check(make_tile(VISIBLE[kind](63, 129), dim=dim, dtype=dtype))
 
+    @pytest.mark.parametrize(
+        ("dim", "value_dim"), [(1, 5), (5, 1), (16, 100), (48, 32), (33, 130), (192, 128), (2, 256)]
+    )
+    @pytest.mark.parametrize("kind", ["full", "diagonal", "any intervals"])
+    def test_values_may_have_a_head_dim_of_their_own(self, kind, dim, value_dim, dtype):
+        tile = make_tile(VISIBLE[kind](63, 129), heads=4, kv_heads=2, dim=dim, value_dim=value_dim, dtype=dtype)
+        self.check(tile)
+        found, again = (backward(self.kernel, tile) for _ in range(2))
+        assert all(map(torch.equal, found, again))
+
     @pytest.mark.parametrize("scale", [0.0, -0.3, 1.0])
     @pytest.mark.parametrize("kind", ["full", "diagonal", "window"])
     def test_any_finite_scale_is_taken_as_it_is(self, kind, scale, dtype):
@@ -273,9 +293,10 @@ class KernelBehaviour:
             rng = np.random.default_rng(data.draw(st.integers(0, 1000), "seed of the intervals"))
             lo, hi = (rng.integers(-5, num_keys + 6, (*axes, num_rows)) for _ in range(2))
             visible = RowIntervals(num_rows, num_keys, None, lo, hi)
+        value_dim = data.draw(st.none() | number, "E")
         dtype = data.draw(st.sampled_from(self.dtypes), "dtype")
         scale = data.draw(st.sampled_from([-1.0, 0.0, 0.125, 1.0]), "scale")
-        sizes = {"batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "dim": dim}
+        sizes = {"batch": batch, "heads": kv_heads * group, "kv_heads": kv_heads, "dim": dim, "value_dim": value_dim}
         tile = make_tile(visible, **sizes, dtype=dtype, scale=scale)
         storage = data.draw(st.sampled_from(sorted(STORAGES)), "storage")
         self.check(tile._replace(**{name: STORAGES[storage](getattr(tile, name)) for name in ("q", "k", "v", "do")}))

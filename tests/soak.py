@@ -61,6 +61,7 @@ def cases() -> list[Case]:
                 options=options,
                 keys=keys,
                 seed=number,
+                value_dim=pick.choice((None, None, 5, 24)),
                 shared=pick.random() < 0.3,
             )
         )

@@ -44,6 +44,14 @@ def test_threads_write_what_the_definition_says(tmp_path, ringspan, layout, mask
     assert f"{layout} " in ended.out and "✓" in ended.out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_may_have_a_head_dim_of_their_own(tmp_path, ringspan, dtype):
+    path, out = write_input(tmp_path / "in.safetensors", value_dim=5, dtype=dtype), tmp_path / "out.safetensors"
+    ended = ringspan("attend", path, "--workers", 2, "--transport", "local", "--causal", "--compare", "--out", out)
+    assert ended.status == 0 and "head_dim 8, of v 5" in ended.out, ended.err
+    assert relative(load_file(out)["out"], expected(path, right=0)[0]) < (2e-6 if dtype == torch.float32 else 2.5e-3)
+
+
 def test_processes_write_what_the_definition_says_and_tell_how_it_went(tmp_path):
     path, out = write_input(tmp_path / "in.safetensors", dtype=torch.bfloat16), tmp_path / "out.safetensors"
     words, meaning = MASKS["documents"]

@@ -43,7 +43,7 @@ FILES = {
     "header": lambda path: path.write_text("not one at all"),
     "INPUT lacks the tensor k and v": changed(k=None, v=None),
     "holds q": changed(k=None, v=None),
-    r"k and v must have one shape .*got  k: \[2, 2, 61, 8\], v: \[2, 2, 61, 4\]": changed(v=torch.zeros(2, 2, 61, 4)),
+    r"k and v must have one shape .*got  k: \[2, 2, 61, 8\], v: \[2, 2, 60, 8\]": changed(v=torch.zeros(2, 2, 60, 8)),
     "q must have 4 dimensions": changed(q=torch.zeros(4, 61, 8)),
     "k is BF16": changed(k=torch.zeros(2, 2, 61, 8, dtype=torch.bfloat16)),
     "v is I64": changed(v=torch.zeros(2, 2, 61, 8, dtype=torch.int64)),

@@ -463,12 +463,17 @@ def test_runs_of_bfloat16_need_not_all_lie_alike():
         ([(1, 2)], TypeError, r"runs\[0\] must be a tuple \(k, v, lower, upper, lo, hi\)"),
         ([(2, 5), (3, 5)], ValueError, r"runs\[1\]: q must have a multiple of the heads of k: q has 4, k has 3"),
         ([(2, 5), (4, 5)], ValueError, r"runs\[1\]: k must have as many heads as in runs\[0\], 2, got 4"),
+        (
+            [(2, 5), (2, 5, 7)],
+            ValueError,
+            r"runs\[1\]: v must have as many numbers a token \(E\) as in runs\[0\], 8, got 7",
+        ),
     ],
 )
 def test_wrong_runs_are_refused_with_their_number(runs, error, words):
     if runs and runs != [(1, 2)]:
-        made = (torch.zeros(2, heads, tokens, 8) for heads, tokens in runs)
-        runs = [(x, x, None, None, None, None) for x in made]
+        made = [(torch.zeros(2, *shape[:2], 8), torch.zeros(2, *shape[:2], *(shape[2:] or (8,)))) for shape in runs]
+        runs = [(k, v, None, None, None, None) for k, v in made]
     arguments = {name: x for name, x in good_arguments().items() if name not in "kv"}
     with pytest.raises(error, match=words):
         _native.absorb_runs(**arguments, runs=runs)
@@ -543,7 +548,7 @@ def good_arguments():
             "acc",
             torch.zeros(2, 4, 6, 7),
             ValueError,
-            r"acc must have shape \[B, H, T, D\] = \[2, 4, 6, 8\], got \[2, 4, 6, 7\]",
+            r"acc must have shape \[B, H, T, E\] = \[2, 4, 6, 8\], got \[2, 4, 6, 7\]",
         ),
         ("acc", torch.zeros(2, 4, 8, 6).mT, ValueError, "acc must have stride 1 on its last axis, got 6"),
         (
@@ -570,7 +575,7 @@ def good_arguments():
             TypeError,
             "k must have the dtype of q, float32, got bfloat16",
         ),
-        ("k", torch.zeros(2, 3, 5, 8), ValueError, r"v must have shape \[B, K, S, D\] = \[2, 3, 5, 8\]"),
+        ("k", torch.zeros(2, 3, 5, 8), ValueError, r"v must have shape \[B, K, S, E\] = \[2, 3, 5, 8\]"),
         ("v", torch.zeros(2, 2, 4, 8), ValueError, "v must have shape"),
         ("scale", math.nan, ValueError, "scale must be finite"),
         ("scale", math.inf, ValueError, "scale must be finite"),
@@ -618,6 +623,7 @@ def test_a_wrong_argument_is_refused_by_name(name, value, error, words):
             "multiple of the heads of k: q has 4, k has 3",
         ),
         ({x: torch.zeros(1, 1, 1, 257) for x in ("q", "k", "v")}, ValueError, "at most 256"),
+        ({"v": torch.zeros(2, 2, 5, 257)}, ValueError, "v must have at most 256"),
         (
             {x: torch.zeros(1, 1, 1, 1).expand(1, 1, 2**31, 1) for x in ("k", "v")} | {"q": torch.zeros(1, 1, 1, 1)},
             ValueError,

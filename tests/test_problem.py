@@ -128,6 +128,8 @@ def test_a_forward_costs_four_flops_per_visible_pair_head_entry_and_dim(mask, nu
     assert (
         Problem(mask, batch=2, num_heads=6, num_kv_heads=3, head_dim=5).forward_flops() == 2 * 2 * 2 * 6 * 5 * num_pairs
     )
+    wider = Problem(mask, batch=2, num_heads=6, num_kv_heads=3, head_dim=5, value_dim=7)
+    assert wider.forward_flops() == 2 * 2 * 6 * (5 + 7) * num_pairs
 
 
 def test_problems_and_masks_of_equal_content_are_equal_and_hashable():

@@ -87,6 +87,16 @@ def test_grouped_heads_are_exact_whichever_side_travels_in_the_backward(kv_heads
     assert_ring_is_exact(Case(150, 8, kv_heads, layout="zigzag", options=dict(causal=causal)), 3)
 
 
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (5, 33)])
+@pytest.mark.parametrize("kv_heads", [1, 8])
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_values_may_have_a_head_dim_of_their_own(num_ranks, kv_heads, head_dim, value_dim):
+    for layout, options in (("zigzag", dict(causal=True)), ("contiguous", {})):
+        case = Case(100, 8, kv_heads, head_dim, value_dim=value_dim, layout=layout, options=options)
+        assert_ring_is_exact(case, num_ranks)
+    assert_ring_is_exact(Case(3, 8, kv_heads, head_dim, value_dim=value_dim, keys=200), num_ranks)  # queries travel
+
+
 def test_unequal_contiguous_shards_of_any_lengths_are_exact():
     case = Case(100, options=dict(causal=True, window_size=(30, 0)))
     q, k, v, *_ = case.tensors()
@@ -123,6 +133,7 @@ def test_random_problems_are_exact(data):
         data.draw(st.sampled_from([1, 3, 16, 33])),
         data.draw(st.sampled_from([1, 2])),
         layout=data.draw(st.sampled_from(LAYOUTS)),
+        value_dim=data.draw(st.sampled_from([None, 2, 20])),
         options=options,
         seed=data.draw(st.integers(0, 99)),
     )

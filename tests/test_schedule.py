@@ -286,8 +286,9 @@ def sizes(mask=ALL, batch=2, num_heads=4, num_kv_heads=4, head_dim=16, **bytes_)
         (sizes(itemsize_bytes=2, head_dim=1), 48 * 12, 48 * 16, "keys"),
         (sizes(Mask(100, 6), itemsize_bytes=2), 48 * 16 * 12, 800 * (16 * 8 + 8), "keys"),
         (sizes(Mask(6, 100), itemsize_bytes=2), 800 * 16 * 12, 48 * (16 * 8 + 8), "queries"),
+        (sizes(itemsize_bytes=2, value_dim=4), 48 * (16 + 4) * 6, 48 * (16 * 6 + 4 * 2 + 8), "queries"),
     ],
-    ids=["MHA bf16", "MQA bf16", "MHA f32", "MHA f64", "one dim", "many queries", "many keys"],
+    ids=["MHA bf16", "MQA bf16", "MHA f32", "MHA f64", "one dim", "many queries", "many keys", "short values"],
 )
 def test_in_the_backward_the_side_of_fewer_bytes_travels(problem, keys_bytes, queries_bytes, travels):
     assert backward_hop_bytes(problem, "keys") == keys_bytes
@@ -304,8 +305,9 @@ def test_in_the_backward_the_side_of_fewer_bytes_travels(problem, keys_bytes, qu
         (sizes(Mask(6, 100), itemsize_bytes=2, num_kv_heads=1), 200 * 16 * 4, 48 * (16 * 6 + 8), "queries"),
         (sizes(Mask(6, 19), itemsize_bytes=2), 152 * 16 * 4, 48 * (16 * 6 + 8), "keys"),
         (sizes(Mask(0, 6), itemsize_bytes=2), 48 * 16 * 4, 0, "queries"),
+        (sizes(Mask(6, 100), itemsize_bytes=2, value_dim=4), 800 * (16 + 4) * 2, 48 * (16 * 2 + 4 * 4 + 8), "queries"),
     ],
-    ids=["as many", "many keys", "many keys of one head", "not twice as many bytes", "no queries"],
+    ids=["as many", "many keys", "many keys of one head", "not twice as many bytes", "no queries", "short values"],
 )
 def test_in_the_forward_queries_travel_where_that_halves_the_bytes(problem, keys_bytes, queries_bytes, travels):
     assert forward_hop_bytes(problem, "keys") == keys_bytes

@@ -35,6 +35,7 @@ CASES = [
     Case(700, 4, 4, 64, layout="zigzag", dtype=torch.bfloat16, options=dict(causal=True)),
     Case(700, 8, 1, 64, batch=2, options=dict(causal=True)),
     Case(30, 2, 2, keys=75),
+    Case(100, 4, 2, 24, value_dim=16, layout="zigzag", options=dict(causal=True)),
 ]
 
 

@@ -47,6 +47,15 @@ def test_every_configuration_fits_its_architecture(architecture, dtype, head_dim
     check(architecture, kernel, dtype, head_dim)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkdv"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_a_head_dim_of_values_of_their_own_compiles(architecture, kernel):
+    found = needed(architecture, kernel, "bf16", "192/128")
+    assert found["shared_bytes"] <= SHARED_KIB[architecture] << 10
+    assert found["shared_bytes"] <= needed(architecture, kernel, "bf16", 256)["shared_bytes"]
+
+
 def test_gradients_of_keys_compile_for_general_intervals():
     check(90, "dkdv", "bf16", 64, "general")
 

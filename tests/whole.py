@@ -29,6 +29,7 @@ class Case:
     shared: bool = False  # keys and values lie in memory that other processes read
     device: str = "cpu"
     rounds_weights: bool = False  # the kernel multiplies by weights of the dtype
+    value_dim: int | None = None  # head_dim of v and out, if it is another
 
     def tensors(self) -> list[Tensor]:
         """q, k, v, do, dlse of the whole sequence."""
@@ -39,9 +40,11 @@ class Case:
             return torch.randn(*shape, generator=generator, device="cpu").to(self.device, self.dtype)
 
         rows = (self.batch, self.heads, self.tokens)
-        columns = (self.batch, self.kv_heads, keys, self.head_dim)
+        columns = (self.batch, self.kv_heads, keys)
+        dim, value_dim = self.head_dim, self.value_dim or self.head_dim
         dlse = torch.randn(rows, generator=generator, device="cpu").to(self.device)
-        return [normal(*rows, self.head_dim), normal(*columns), normal(*columns), normal(*rows, self.head_dim), dlse]
+        q, k, v = normal(*rows, dim), normal(*columns, dim), normal(*columns, value_dim)
+        return [q, k, v, normal(*rows, value_dim), dlse]
 
     @property
     def mask(self) -> Mask:

@@ -76,8 +76,9 @@ def ring_attention(
 
     Args:
         q: [B, H, T_local, D], this rank's queries; bfloat16, float16, float32 or float64; any strides.
-        k, v: [B, K, S_local, D], this rank's keys and values; H a multiple of K, and query head h reads key/value
-            head h // (H / K), without expanding k and v. Lengths may differ between ranks, and may be 0.
+        k: [B, K, S_local, D], v: [B, K, S_local, E], this rank's keys and values; E is D unless values are shorter or
+            longer than keys. H a multiple of K, and query head h reads key/value head h // (H / K), without
+            expanding k and v. Lengths may differ between ranks, and may be 0.
         group: a torch.distributed ProcessGroup, a 1-D DeviceMesh, or the group that `run_local` hands out.
             None: inside run_local the worker's group, else the default process group, else a ring of one.
         causal: a query sees keys at its own global position and before (window_size's right side becomes 0).
@@ -105,7 +106,7 @@ def ring_attention(
             equal lengths and pass equal arguments; where they do not, results are undefined.
 
     Returns:
-        out [B, H, T_local, D] in q's dtype; with return_lse (out, lse), lse [B, H, T_local] in float32 (float64
+        out [B, H, T_local, E] in q's dtype; with return_lse (out, lse), lse [B, H, T_local] in float32 (float64
         for float64 inputs). A query that sees no key has out 0 and lse -inf (or its sink). Both are differentiable,
         once. On return no rank reads this rank's tensors any more.
 

@@ -41,7 +41,7 @@ class Options:
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What one rank can see of q [B, H, T, D], k and v [B, K, S, D] by itself."""
+    """What one rank can see of q [B, H, T, D], k [B, K, S, D] and v [B, K, S, E] by itself."""
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
         check_tensor(name, x)
@@ -50,13 +50,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 explain(f"{name}'s elements must be aligned in memory.", got="a view at an odd address", fix=".clone()")
             )
     check_alike(q, k, v)
-    if k.shape != v.shape:
+    if k.shape[:3] != v.shape[:3]:
         raise ArgumentError(
-            explain(
-                "k and v must have one shape [B, K, S, D].",
-                got=f"k: {_shape(k)}, v: {_shape(v)}",
-                fix="pad the shorter of two head_dims with zeros (q as k), pass softmax_scale, and cut out",
-            )
+            explain("k and v must have one shape but for head_dim.", got=f"k: {_shape(k)}, v: {_shape(v)}")
         )
     for axis, what in ((0, "batch size"), (3, "head_dim")):
         if q.shape[axis] != k.shape[axis]:
@@ -139,20 +135,18 @@ def check_no_tangents(**tensors: Tensor | None) -> None:
             )
 
 
-def check_like(name: str, x: Tensor, like: Tensor, any_dtype: bool = False) -> None:
-    """Refuse x unless it has the shape, the device, and the dtype, of another tensor."""
-    if x.device != like.device:
+def check_like(name: str, x: Tensor, q: Tensor, shape: Sequence[int], any_dtype: bool = False) -> None:
+    """Refuse x unless it has q's device and dtype, and the shape."""
+    if x.device != q.device:
         raise ArgumentTypeError(
-            explain(
-                f"{name} and q must share one device.", got=f"q: {like.device}, {name}: {x.device}", fix="use .to()"
-            )
+            explain(f"{name} and q must share one device.", got=f"q: {q.device}, {name}: {x.device}", fix="use .to()")
         )
-    if x.shape != like.shape or not (any_dtype or x.dtype == like.dtype):
+    if x.shape != torch.Size(shape) or not (any_dtype or x.dtype == q.dtype):
         raise ArgumentError(
             explain(
-                f"{name} does not fit q.",
+                f"{name} does not fit q and v.",
                 got=f"{x.dtype} of shape {_shape(x)}",
-                fix=f"expected {'' if any_dtype else like.dtype} {_shape(like)}",
+                fix=f"expected {'' if any_dtype else q.dtype} {_shape_of(shape)}",
             )
         )
 

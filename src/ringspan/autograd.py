@@ -41,8 +41,7 @@ def attend(
 
 @attend.register_fake
 def _(q, k, v, *options):
-    lse = q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
 
 
 @torch.library.custom_op("ringspan::attend_backward", mutates_args=())

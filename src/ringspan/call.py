@@ -84,7 +84,7 @@ def forward(
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
-            job = _decide(channel, agreed, options, q, k).job(False, agreed.flipped, ring, sinks is not None)
+            job = _decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
             return execute.forward(job, channel, q, k, v, sinks)
 
@@ -103,15 +103,15 @@ def backward(
     def check() -> Terms:
         check_tensors(q, k, v)
         for name, x in (("the gradient of out", do), ("out", out)):
-            check_like(name, x, q)
-        check_like("lse", lse, q[..., 0], any_dtype=True)
+            check_like(name, x, q, (*q.shape[:3], v.shape[3]))
+        check_like("lse", lse, q, q.shape[:3], any_dtype=True)
         return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
 
     with _on_device_of(q):
         channel, agreed = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
-            job = _decide(channel, agreed, options, q, k).job(True, agreed.flipped, ring)
+            job = _decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
         with running(transport):
             dtype = state_dtype(q.dtype)
             delta = (do.to(dtype) * out).sum(-1)
@@ -231,13 +231,12 @@ class _Decided:
         return execute.Job(schedule, kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds)
 
 
-def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor) -> _Decided:
+def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor, v: Tensor) -> _Decided:
     mask = mask_of(sum(agreed.query_lengths), sum(agreed.key_lengths), channel.size, options)
     queries, keys = (from_lengths(options.layout, lengths) for lengths in (agreed.query_lengths, agreed.key_lengths))
-    problem = Problem(
-        mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], q.element_size(), state_dtype(q.dtype).itemsize
-    )
-    kernel = partial(kernel_table.choose, options.kernel, q.dtype, q.device, q.shape[3])
+    itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
+    problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])
+    kernel = partial(kernel_table.choose, options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]))
     scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
     return _Decided(problem, queries, keys, kernel, scale, channel.rank)
 
@@ -278,7 +277,7 @@ _Q, _K, _V, _DO = 1, 2, 4, 8  # bits of Terms.flipped
 
 
 def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -> Terms:
-    q, k = tensors[:2]
+    q, k, v = tensors[:3]
     documents = None
     if options.cu_seqlens is not None:
         documents = f"{len(options.cu_seqlens) - 1} documents, digest {_digest(options.cu_seqlens)}"
@@ -287,13 +286,14 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         digest = _digest(tuple(part.digest for part in options.key_ranges))
         ranges = f"{len(options.key_ranges)} for each of {options.key_ranges[0].num_queries} queries, digest {digest}"
     # Chosen again after the exchange; here, so that a rank whose kernels all decline refuses before it.
-    kernel_table.choose(options.kernel, q.dtype, q.device, q.shape[3])
+    kernel_table.choose(options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]))
     common = {
         CALL: call,
         "batch": q.shape[0],
         "the number of query heads": q.shape[1],
         "the number of key/value heads": k.shape[1],
         "head_dim": q.shape[3],
+        "head_dim of v": v.shape[3],
         "dtype": str(q.dtype),
         "device type": q.device.type,
         "layout": options.layout,

@@ -51,13 +51,13 @@ class Job:
 def forward(
     job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, T, D] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys.
+    """out [B, H, T, E] in q's dtype and lse [B, H, T] in the state's, of this rank's queries over all keys.
 
     sinks: [H], a score more for every row of a head, without a value.
     """
     if job.schedule.travels == "queries":
         return _forward_of_travelling_queries(job, channel, q, k, v, sinks)
-    state = SoftmaxState.empty(q)
+    state = SoftmaxState.empty(q, v.shape[3])
     work = _Absorbing(job, state, q, channel.in_place)
     clock = StepClock("forward", job.schedule)
     traffic = Traffic(channel, job.schedule, (k, v), job.key_lengths, job.flipped)
@@ -80,7 +80,7 @@ def _forward_of_travelling_queries(
     job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The same where queries are few: they go round, and their states ride along, as gradients do in the backward."""
-    state = SoftmaxState.empty(q)
+    state = SoftmaxState.empty(q, v.shape[3])
     clock = StepClock("forward", job.schedule)
     traffic = Traffic(channel, job.schedule, (q,), job.query_lengths, job.flipped, STATES)
     clock.handed_out()
@@ -100,7 +100,7 @@ def _forward_of_travelling_queries(
 def backward(
     job: Job, channel: Channel, q: Tensor, k: Tensor, v: Tensor, do: Tensor, lse: Tensor, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq [B, H, T, D], dk, dv [B, K, S, D] in the state's dtype, of this rank's queries, keys and values."""
+    """dq [B, H, T, D], dk [B, K, S, D], dv [B, K, S, E] in the state's dtype, of this rank's queries, keys, values."""
     dtype = state_dtype(q.dtype)
     keys_travel = job.schedule.travels == "keys"
     rows_in: Tensors = (q, do, lse, delta)

@@ -140,8 +140,8 @@ class Mask:
 class Problem:
     """One attention call as the whole group sees it: the mask and the sizes of its tensors.
 
-    itemsize_bytes: of one element of q, k and v. state_itemsize_bytes: of the softmax state and gradients
-    (4; 8 for float64 inputs).
+    head_dim: of q and k. value_dim: of v and out, if it is another. itemsize_bytes: of one element of q, k and v.
+    state_itemsize_bytes: of the softmax state and gradients (4; 8 for float64 inputs).
     """
 
     mask: Mask
@@ -151,7 +151,13 @@ class Problem:
     head_dim: int
     itemsize_bytes: int = 4
     state_itemsize_bytes: int = 4
+    value_dim: int | None = None
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        """Of q and k, and of v and out."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
 
     def forward_flops(self) -> int:
-        """Floating-point operations of the two products of a forward: 4 * H * D * visible pairs of the batch."""
-        return 4 * self.num_heads * self.head_dim * self.mask.num_visible_pairs(self.batch)
+        """Floating-point operations of the two products of a forward: 2 * H * (D + E) * visible pairs of the batch."""
+        return 2 * self.num_heads * sum(self.dims) * self.mask.num_visible_pairs(self.batch)

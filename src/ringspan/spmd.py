@@ -77,7 +77,7 @@ def _forward(
         tq, tk, tv = tensors["q"], tensors["k"], tensors["v"]
         tq, tk = (tq if tp_q else tq.mT), (tk if tp_k else tk.mT)
         check_tensors(tq, tk, tv)
-        _check_lengths(tq, tk)
+        _check_sizes(tq, tk, tv)
         lse_type = _lse_dtype(lse_dtype, tq.dtype)
         arrays.check_returnable(lse_type, kind)
         options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
@@ -129,7 +129,7 @@ def _backward(
         _check_inputs(tensors)
         q, k, v, out, dy = (x.mT for x in tensors.values())
         check_tensors(q, k, v)
-        _check_lengths(q, k)
+        _check_sizes(q, k, v)
         _check_cores("lnc_size", lnc_size)
         lse = arrays.to_torch("lse_ref", lse_ref)
         _check_no_grad("lse_ref", lse)
@@ -205,13 +205,21 @@ def _check_no_grad(name: str, x: Tensor) -> None:
         )
 
 
-def _check_lengths(q: Tensor, k: Tensor) -> None:
+def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.shape[2] != k.shape[2] or q.shape[2] < 1:
         raise ArgumentError(
             explain(
                 "q and k must have one seqlen of at least 1.",
                 got=f"q: {q.shape[2]}, k: {k.shape[2]} (mind tp_q and tp_k: [b, h, d, seqlen] unless True)",
                 fix="ringspan.ring_attention takes unequal lengths",
+            )
+        )
+    if k.shape != v.shape:
+        raise ArgumentError(
+            explain(
+                "k and v must have one d.",
+                got=f"k: {k.shape[3]}, v: {v.shape[3]}",
+                fix="ringspan.ring_attention takes values of another head_dim",
             )
         )
     if q.shape[3] > 256:

@@ -23,7 +23,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class SoftmaxState:
-    """acc [B, H, T, D], row_max [B, H, T] and row_sum [B, H, T], all of `state_dtype`."""
+    """acc [B, H, T, E], E the head_dim of v, row_max [B, H, T] and row_sum [B, H, T], all of `state_dtype`."""
 
     acc: Tensor
     row_max: Tensor
@@ -31,7 +31,7 @@ class SoftmaxState:
 
     @classmethod
     def empty(cls, q: Tensor, head_dim: int | None = None) -> SoftmaxState:
-        """The state of q's rows [B, H, T, D] before any key was seen."""
+        """The state of q's rows [B, H, T, D] before any key was seen. head_dim: of v, if not q's."""
         batch, heads, rows, dim = q.shape
         dtype = state_dtype(q.dtype)
         return cls(
@@ -54,7 +54,7 @@ class SoftmaxState:
         self.row_max.copy_(largest)
 
     def finalize(self, dtype: torch.dtype, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(out [B, H, T, D] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up acc.
+        """(out [B, H, T, E] in dtype, lse [B, H, T]). A row that saw nothing: out 0, lse -inf. Uses up acc.
 
         sinks: [H]: for every row of head h one key more, of score sinks[h] and value 0.
         """

@@ -116,7 +116,7 @@ def wanted_part(job: Job, rank: int, x: Tensor) -> Tensor:
 
 def put_together(job: Job, parts: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """out and lse of the wanted positions, in their order, from each rank's part."""
-    batch, heads, _, dim = job.source.shapes["q"]
+    (batch, heads, _, _), dim = job.source.shapes["q"], job.source.shapes["v"][3]
     num_wanted = len(wanted_positions(job))
     out = torch.empty(batch, heads, num_wanted, dim, dtype=job.source.dtype)
     lse = torch.empty(batch, heads, num_wanted, dtype=state_dtype(job.source.dtype))

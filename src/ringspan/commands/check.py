@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = 1 << 22  # of one block of keys
 
 @dataclass(frozen=True)
 class Rows:
-    """Attention of sampled rows: their global positions, out [B, H, R, D] and lse [B, H, R]."""
+    """Attention of sampled rows: their global positions, out [B, H, R, E] and lse [B, H, R]."""
 
     positions: np.ndarray
     out: Tensor
@@ -71,7 +71,7 @@ def judge(rows: Rows, truth: Rows, source: Source, mask: Mask, scale: float) -> 
 
 
 def worst_row(found: Tensor, truth: Tensor) -> float:
-    """The largest relative error of a row of out [B, H, R, D] whose values are all finite."""
+    """The largest relative error of a row of out [B, H, R, E] whose values are all finite."""
     rows = [row for row in range(truth.shape[2]) if bool(torch.isfinite(truth[:, :, row]).all())]
     return max((relative_error(found[:, :, row], truth[:, :, row]) for row in rows), default=0.0)
 
@@ -93,11 +93,11 @@ def exact_rows(
     """The definition in float64, over the keys in blocks. advance is told of each block's share of the keys."""
     q = _queries(positions, source).double()
     lo, hi = mask.intervals(positions)
-    batch, heads, num_rows, dim = q.shape
+    batch, heads, num_rows, dim = *q.shape[:3], source.shapes["v"][3]
     acc = torch.zeros(batch, heads, num_rows, dim, dtype=torch.float64)
     largest, total = torch.full(q.shape[:3], -torch.inf).double(), torch.zeros(q.shape[:3]).double()
     _, kv_heads, num_keys, _ = source.shapes["k"]
-    at_once = max(64, _BLOCK_ELEMENTS // (batch * heads * dim))
+    at_once = max(64, _BLOCK_ELEMENTS // (batch * heads * max(dim, q.shape[3])))
     for start in range(0, num_keys, at_once):
         block = range(start, min(start + at_once, num_keys))
         advance(len(block) / num_keys)

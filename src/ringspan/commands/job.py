@@ -46,9 +46,9 @@ class Job:
 
     @property
     def problem(self) -> Problem:
-        (batch, heads, _, dim), kv_heads = self.source.shapes["q"], self.source.shapes["k"][1]
-        dtype = self.source.dtype
-        return Problem(self.mask, batch, heads, kv_heads, dim, dtype.itemsize, state_dtype(dtype).itemsize)
+        (batch, heads, _, dim), (_, kv_heads, _, value_dim) = self.source.shapes["q"], self.source.shapes["v"]
+        itemsizes = self.source.dtype.itemsize, state_dtype(self.source.dtype).itemsize
+        return Problem(self.mask, batch, heads, kv_heads, dim, *itemsizes, value_dim)
 
     @property
     def scale(self) -> float:
@@ -87,7 +87,8 @@ def plan(source: Source, asked: Asked, num_workers: int, processes: bool, out: P
     """The job, once everything that can be refused beforehand has been looked at. Computes nothing."""
     part = None if out is None else out.parent / f".{out.name}.{secrets.token_hex(4)}.part"
     job = Job(source, asked, num_workers, processes, out=out, part=part, **rest)
-    kernel_table.choose(asked.kernel, source.dtype, torch.device("cpu"), source.shapes["q"][3])
+    largest_dim = max(source.shapes[name][3] for name in "qv")
+    kernel_table.choose(asked.kernel, source.dtype, torch.device("cpu"), largest_dim)
     mask = job.mask
     if job.compare and (mask.cu_seqlens is not None or mask.left != UNBOUNDED or mask.right > 0):
         raise ArgumentError(

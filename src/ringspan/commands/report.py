@@ -139,7 +139,9 @@ def _tokens(job: Job) -> str:
     tokens = f"{queries:,}" if queries == keys else f"{queries:,} queries, {keys:,} keys"
     grouped = "" if heads == kv_heads else f" on {kv_heads} key/value heads"
     batched = f"batch {batch}, " if batch > 1 else ""
-    return f"{tokens} ({batched}{_count(heads, 'head')}{grouped}, head_dim {dim})"
+    of_values = job.source.shapes["v"][3]
+    dims = f"head_dim {dim}" if dim == of_values else f"head_dim {dim}, of v {of_values}"
+    return f"{tokens} ({batched}{_count(heads, 'head')}{grouped}, {dims})"
 
 
 def _count(number: int, what: str) -> str:
@@ -189,12 +191,12 @@ def _memory(job: Job, spent: Sequence[Spent], peak_bytes: int | None) -> str:
 
 
 def _kv_bytes(job: Job) -> int:
-    batch, kv_heads, _, dim = job.source.shapes["k"]
-    return 2 * batch * kv_heads * max(job.layout("k").lengths) * dim * job.source.dtype.itemsize
+    batch, kv_heads, _, _ = job.source.shapes["k"]
+    return batch * kv_heads * max(job.layout("k").lengths) * sum(job.problem.dims) * job.source.dtype.itemsize
 
 
 def _state_bytes(job: Job) -> int:
-    batch, heads, _, dim = job.source.shapes["q"]
+    (batch, heads, _, _), (_, dim) = job.source.shapes["q"], job.problem.dims
     row = (dim + 2) * job.problem.state_itemsize_bytes + dim * job.source.dtype.itemsize
     return batch * heads * max(job.layout("q").lengths) * row
 

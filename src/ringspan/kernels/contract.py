@@ -30,7 +30,8 @@ KeyRun = tuple[Tensor, Tensor, RowIntervals]  # k, v, and what the rows see of t
 
 
 class Kernel(Protocol):
-    """Shapes: q, do, dq [B, H, T, D]; k, v, dk, dv [B, K, S, D], H a multiple of K; lse, delta [B, H, T].
+    """Shapes: q, dq [B, H, T, D]; k, dk [B, K, S, D], v, dv [B, K, S, E], H a multiple of K; the state's acc and do
+    [B, H, T, E]; lse, delta [B, H, T].
 
     Query head h reads key/value head h // (H / K); keys and values are never expanded. Inputs have any
     strides. State and gradients have the dtype of `state_dtype` and are changed in place, never replaced.
@@ -45,7 +46,7 @@ class Kernel(Protocol):
     enough_keys: int  # a call that has fewer is dear beside what it computes
 
     def declines(self, dtype: torch.dtype, device: torch.device, head_dim: int) -> str | None:
-        """Why this kernel cannot serve such tensors here, or None if it can."""
+        """Why this kernel cannot serve such tensors here, or None if it can. head_dim: the larger of D and E."""
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
         """Take one tile into the state."""

@@ -74,6 +74,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, do: Tensor | None = None) -> bool:
         and torch.cuda.get_device_capability(q.device) == CAPABILITY
         and why_not_there() is None
         and min(q.shape[2], k.shape[2]) >= _FEWEST
+        and q.shape[-1] == v.shape[-1]
         and _SMALLEST_HEAD_DIM <= q.shape[-1] <= max(CONFIGS)
         and (do is None or configs(q.shape[-1])[1].dkdv is not None)
         and all(map(_is_ready, matrices))

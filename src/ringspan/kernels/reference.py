@@ -28,7 +28,7 @@ class Reference(TileByTile):
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
         dtype = state.acc.dtype
-        for block in _blocks(q, k, visible, dtype):
+        for block in _blocks(q, k, v, visible, dtype):
             part = state.select(block.rows, block.heads, block.batch)
             bq, bk, bv = _grouped(q, block).to(dtype), block.keyed(k).to(dtype), block.keyed(v).to(dtype)
             _absorb_block(part, bq, bk, bv, _seen(block, visible, k.device), scale)
@@ -48,7 +48,7 @@ class Reference(TileByTile):
         scale: float,
     ) -> None:
         dtype = dq.dtype
-        for block in _blocks(q, k, visible, dtype):
+        for block in _blocks(q, k, v, visible, dtype):
             bq, bdo = (_grouped(x, block).to(dtype) for x in (q, do))
             bk, bv = (block.keyed(x).to(dtype) for x in (k, v))
             seen = _seen(block, visible, k.device)
@@ -61,10 +61,12 @@ class Reference(TileByTile):
             block.keyed(dv).add_(part_v)
 
 
-def _blocks(q: Tensor, k: Tensor, visible: RowIntervals, dtype: torch.dtype):
+def _blocks(q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, dtype: torch.dtype):
+    dim = max(q.shape[-1], v.shape[-1])
+
     def scratch_elements(num_kv: int, group: int, num_rows: int, num_keys: int) -> int:
         scores, rows = group * num_rows * num_keys, group * num_rows + num_keys
-        return num_kv * (_SCORE_SIZED * scores + _ROW_SIZED * rows * q.shape[-1])
+        return num_kv * (_SCORE_SIZED * scores + _ROW_SIZED * rows * dim)
 
     return blocks(q, k, visible, scratch_elements, SCRATCH_BYTES // dtype.itemsize, smallest=16)
 

@@ -162,6 +162,8 @@ class TorchCuda(TileByTile):
         # They take the row maximum before they scale, which is right for a positive scale only.
         if small or visible.kind is not Kind.FULL or scale <= 0 or not all(map(_is_ready, (q, k, v))):
             return None
+        if q.shape[-1] != v.shape[-1]:
+            return None
         rows = _rows_of_a_part(q, k)
         able = [name for name in self._able(q.shape[-1]) if rows >= self._libraries[name].fewest_rows]
         name = self._choose(self._capability(q.device), q.dtype, q.shape[-1], visible.num_keys, able)

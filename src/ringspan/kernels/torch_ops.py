@@ -2,7 +2,7 @@
 
 It computes rectangles and diagonals that start at the corner. Intervals are therefore taken apart into such
 pieces (a packed document is one, a striped diagonal is one after its first row is cut off); what remains, such
-as sliding windows and intervals that differ between heads, goes to the reference.
+as sliding windows, intervals that differ between heads, and values of another head_dim, goes to the reference.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TorchOps(TileByTile):
         return None
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
-        calls = _calls(visible, scale)
+        calls = _calls(visible, scale) if q.shape[-1] == v.shape[-1] else None
         # Flash multiplies weights of 0 by V, and 0 * NaN would reach rows that do not see the NaN.
         if calls is None or (visible.kind is not Kind.FULL and not _finite(v)):
             self._reference.absorb(state, q, k, v, visible, scale)
@@ -62,7 +62,7 @@ class TorchOps(TileByTile):
         visible: RowIntervals,
         scale: float,
     ) -> None:
-        calls = _calls(visible, scale)
+        calls = _calls(visible, scale) if q.shape[-1] == v.shape[-1] else None
         masked = visible.kind is not Kind.FULL
         if calls is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
             self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)

@@ -63,6 +63,8 @@ def absorb_dq_kernel(
     factor,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIMS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
@@ -85,20 +87,20 @@ def absorb_dq_kernel(
     k, v = of_head(k, batch, head // group, k_strides), of_head(v, batch, head // group, v_strides)
     q, do = of_head(q, batch, head, q_strides), of_head(do, batch, head, do_strides)
     block_q = load_block(q, start, num_rows, q_strides, ROWS, DIMS, HEAD_DIM, WHOLE=False)
-    block_do = load_block(do, start, num_rows, do_strides, ROWS, DIMS, HEAD_DIM, WHOLE=False)
+    block_do = load_block(do, start, num_rows, do_strides, ROWS, VALUE_DIMS, VALUE_DIM, WHOLE=False)
     lse = of_head(lse, batch, head, lse_strides)
     delta = of_head(delta, batch, head, delta_strides)
     log2_total, drop = _row_constants(lse, delta, lse_strides, delta_strides, row, num_rows)
     gradient = _sweep_keys(
         block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-        k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
+        k_strides, v_strides, factor, HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
     if not FLAGGED:
         if has_nan(gradient) & (full_begin - begin + end - full_end > 0):
             gradient = _sweep_keys(
                 block_q, k, v, block_do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
-                k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+                k_strides, v_strides, factor, HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, STAGES, CAREFUL=True,
             )  # fmt: skip
     _add_to(dq, gradient * scale, batch, head, start, num_rows, dq_strides, ROWS, DIMS, HEAD_DIM)
 
@@ -107,7 +109,8 @@ def absorb_dq_kernel(
 def _sweep_keys(
     q, k, v, do, log2_total, drop, first, last, begin, full_begin, full_end, end, num_keys,
     k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The rows' sum_j ds_ij k_j. CAREFUL: over all blocks as if they had hidden pairs."""
     gradient = tl.zeros([q.shape[0], DIMS], tl.float32)
@@ -117,13 +120,13 @@ def _sweep_keys(
         for index in tl.range(full_begin, full_end, num_stages=STAGES):
             gradient = _pull_of_keys(
                 gradient, q, k, v, do, log2_total, drop, first, last, index * KEYS, num_keys, k_strides, v_strides,
-                factor, HEAD_DIM, DIMS, KEYS, MASKED=False, CAREFUL=False,
+                factor, HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, MASKED=False, CAREFUL=False,
             )  # fmt: skip
     for index in tl.range(0, full_begin - begin + end - full_end, num_stages=1 if CAREFUL else STAGES):
         key = partial_block(index, begin, full_begin, full_end) * KEYS
         gradient = _pull_of_keys(
             gradient, q, k, v, do, log2_total, drop, first, last, key, num_keys, k_strides, v_strides,
-            factor, HEAD_DIM, DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
+            factor, HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
         )  # fmt: skip
     return gradient
 
@@ -131,11 +134,12 @@ def _sweep_keys(
 @triton.jit
 def _pull_of_keys(
     gradient, q, k, v, do, log2_total, drop, first, last, start, num_keys, k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """What one block of keys adds to the rows' sum_j ds_ij k_j."""
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
-    block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
+    block_v = load_block(v, start, num_keys, v_strides, KEYS, VALUE_DIMS, VALUE_DIM, WHOLE=not MASKED)
     nothing = tl.zeros([q.shape[0], KEYS], tl.float32)
     weights = tl.exp2(tl.fma(dot(q, tl.trans(block_k), nothing), factor, -log2_total[:, None]))
     d_scores = weights * (dot(do, tl.trans(block_v), nothing) - drop[:, None])
@@ -184,13 +188,15 @@ def absorb_dkdv_kernel(
     factor,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIMS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
     FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dk, dv [B, K, S, D] float32 in place. Grid: key blocks times key heads times batch entries."""
+    """dk [B, K, S, D], dv [B, K, S, E] float32 in place. Grid: key blocks times key heads times batch entries."""
     num_blocks = tl.cdiv(num_keys, KEYS)
     start = tl.program_id(0) % num_blocks * KEYS
     stop = tl.minimum(start + KEYS, num_keys)
@@ -200,36 +206,37 @@ def absorb_dkdv_kernel(
             return
     k, v = of_head(k, batch, kv_head, k_strides), of_head(v, batch, kv_head, v_strides)
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
-    block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=False)
+    block_v = load_block(v, start, num_keys, v_strides, KEYS, VALUE_DIMS, VALUE_DIM, WHOLE=False)
     gradient_k, gradient_v, touched, partial = _sweep_rows(
         q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
         q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
-        HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=FLAGGED,
+        HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     if not FLAGGED:
         if (has_nan(gradient_k) | has_nan(gradient_v)) & (partial > 0):
             gradient_k, gradient_v, touched, partial = _sweep_rows(
                 q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows,
                 num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper,
-                factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
+                factor, HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, ROWS, KEYS, BAND, STAGES, CAREFUL=True,
             )  # fmt: skip
     if touched > 0:
         _add_to(dk, gradient_k * scale, batch, kv_head, start, num_keys, dk_strides, KEYS, DIMS, HEAD_DIM)
-        _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, DIMS, HEAD_DIM)
+        _add_to(dv, gradient_v, batch, kv_head, start, num_keys, dv_strides, KEYS, VALUE_DIMS, VALUE_DIM)
 
 
 @triton.jit
 def _sweep_rows(
     q, block_k, block_v, do, lse, delta, lo, hi, ranges, batch, kv_head, start, stop, group, num_rows, num_keys,
     q_strides, do_strides, lse_strides, delta_strides, bound_strides, range_strides, lower, upper, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
     STAGES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """(sum_i ds_ij q_i, sum_i p_ij do_i, blocks of rows that see the keys, those that may have hidden pairs).
 
     Over the rows of all query heads that read the key head. CAREFUL: over all blocks as if they had hidden pairs.
     """
-    gradient_k, gradient_v = tl.zeros([KEYS, DIMS], tl.float32), tl.zeros([KEYS, DIMS], tl.float32)
+    gradient_k, gradient_v = tl.zeros([KEYS, DIMS], tl.float32), tl.zeros([KEYS, VALUE_DIMS], tl.float32)
     touched, partial = 0, 0
     for member in range(group):
         head = kv_head * group + member
@@ -250,7 +257,8 @@ def _sweep_rows(
                 gradient_k, gradient_v = _pull_of_rows(
                     gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi,
                     index * ROWS, start, num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides,
-                    bound_strides, lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=False, CAREFUL=False,
+                    bound_strides, lower, upper, factor,
+                    HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, ROWS, KEYS, BAND, MASKED=False, CAREFUL=False,
                 )  # fmt: skip
         num_partial = full_begin - begin + end - full_end
         for index in tl.range(0, num_partial, num_stages=1 if CAREFUL else STAGES):
@@ -258,7 +266,8 @@ def _sweep_rows(
             gradient_k, gradient_v = _pull_of_rows(
                 gradient_k, gradient_v, my_q, block_k, block_v, my_do, my_lse, my_delta, my_lo, my_hi,
                 row, start, num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides,
-                bound_strides, lower, upper, factor, HEAD_DIM, DIMS, ROWS, KEYS, BAND, MASKED=True, CAREFUL=CAREFUL,
+                bound_strides, lower, upper, factor,
+                HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, ROWS, KEYS, BAND, MASKED=True, CAREFUL=CAREFUL,
             )  # fmt: skip
         touched, partial = tl.maximum(touched, end - begin), tl.maximum(partial, num_partial)
     return gradient_k, gradient_v, touched, partial
@@ -268,13 +277,14 @@ def _sweep_rows(
 def _pull_of_rows(
     gradient_k, gradient_v, q, k, v, do, lse, delta, lo, hi, start, first_key,
     num_rows, num_keys, q_strides, do_strides, lse_strides, delta_strides, bound_strides, lower, upper, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, BAND: tl.constexpr,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """What one block of rows adds to the keys' sum_i ds_ij q_i and sum_i p_ij do_i. Everything is [keys, rows] here."""
     row = start + tl.arange(0, ROWS)
     block_q = load_block(q, start, num_rows, q_strides, ROWS, DIMS, HEAD_DIM, WHOLE=not MASKED)
-    block_do = load_block(do, start, num_rows, do_strides, ROWS, DIMS, HEAD_DIM, WHOLE=not MASKED)
+    block_do = load_block(do, start, num_rows, do_strides, ROWS, VALUE_DIMS, VALUE_DIM, WHOLE=not MASKED)
     log2_total, drop = _row_constants(lse, delta, lse_strides, delta_strides, row, num_rows)
     nothing = tl.zeros([KEYS, ROWS], tl.float32)
     weights = tl.exp2(tl.fma(dot(k, tl.trans(block_q), nothing), factor, -log2_total[None, :]))

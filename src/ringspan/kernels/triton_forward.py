@@ -60,6 +60,8 @@ def absorb_kernel(
     factor,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIMS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     BAND: tl.constexpr,
@@ -67,7 +69,8 @@ def absorb_kernel(
     FLAGGED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """acc [B, H, T, D], row_max, row_sum [B, H, T] float32, in place; q [B, H, T, D], k, v [B, K, S, D] of one dtype.
+    """acc [B, H, T, E], row_max, row_sum [B, H, T] float32, in place; q [B, H, T, D], k [B, K, S, D], v [B, K, S, E] of
+    one dtype. D is HEAD_DIM, E VALUE_DIM; blocks have DIMS and VALUE_DIMS.
 
     BAND: row i sees i + lower <= key < i + upper; else lo, hi (int32) by bound_strides (B, H, T).
     factor: |scale| * log2(e), never 0; FLIPPED: scale < 0. Grid: row blocks times heads times batch entries.
@@ -93,21 +96,23 @@ def absorb_kernel(
         # In float32: Triton 3.9's interpreter would negate the bit patterns of bfloat16.
         block_q = (-block_q.to(tl.float32)).to(block_q.dtype)
     acc = of_head(acc, batch, head, acc_strides)
-    acc_block = matrix_block(acc, start, acc_strides[2], acc_strides[3], ROWS, DIMS)
-    exists = inside(start, num_rows, ROWS, DIMS, HEAD_DIM)
+    acc_block = matrix_block(acc, start, acc_strides[2], acc_strides[3], ROWS, VALUE_DIMS)
+    exists = inside(start, num_rows, ROWS, VALUE_DIMS, VALUE_DIM)
     row_max = of_head(row_max, batch, head, max_strides) + row.to(tl.int64) * max_strides[2]
     row_sum = of_head(row_sum, batch, head, sum_strides) + row.to(tl.int64) * sum_strides[2]
 
     numerator, total, peak = _sweep(
         acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
-        row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
+        row < num_rows, num_keys, k_strides, v_strides, factor,
+        HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, STAGES, CAREFUL=FLAGGED,
     )  # fmt: skip
     # 0 * NaN: only a block with hidden pairs can have let a value through to a row that does not see it.
     if not FLAGGED:
         if has_nan(numerator) & (full_begin - begin + end - full_end > 0):
             numerator, total, peak = _sweep(
                 acc_block, exists, row_sum, row_max, block_q, k, v, first, last, begin, full_begin, full_end, end,
-                row < num_rows, num_keys, k_strides, v_strides, factor, HEAD_DIM, DIMS, KEYS, STAGES, CAREFUL=True,
+                row < num_rows, num_keys, k_strides, v_strides, factor,
+                HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, STAGES, CAREFUL=True,
             )  # fmt: skip
 
     peak, loss = _in_nats(peak)
@@ -122,7 +127,8 @@ def absorb_kernel(
 def _sweep(
     acc_block, exists, row_sum, row_max, q, k, v, first, last, begin, full_begin, full_end, end, is_row,
     num_keys, k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    KEYS: tl.constexpr, STAGES: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """The state as it is in memory, and all blocks of keys taken in. CAREFUL: all of them as if pairs were hidden."""
     numerator = tl.load(acc_block, mask=exists, other=0.0)
@@ -135,13 +141,13 @@ def _sweep(
         for index in tl.range(full_begin, full_end, num_stages=STAGES):
             numerator, total, peak = _take_in(
                 numerator, total, peak, q, k, v, first, last, index * KEYS, num_keys, k_strides, v_strides, factor,
-                HEAD_DIM, DIMS, KEYS, MASKED=False, CAREFUL=False,
+                HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, MASKED=False, CAREFUL=False,
             )  # fmt: skip
     for index in tl.range(0, full_begin - begin + end - full_end, num_stages=1 if CAREFUL else STAGES):
         key = partial_block(index, begin, full_begin, full_end) * KEYS
         numerator, total, peak = _take_in(
             numerator, total, peak, q, k, v, first, last, key, num_keys, k_strides, v_strides, factor,
-            HEAD_DIM, DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
+            HEAD_DIM, DIMS, VALUE_DIM, VALUE_DIMS, KEYS, MASKED=True, CAREFUL=CAREFUL,
         )  # fmt: skip
     return numerator, total, peak
 
@@ -149,7 +155,8 @@ def _sweep(
 @triton.jit
 def _take_in(
     numerator, total, peak, q, k, v, first, last, start, num_keys, k_strides, v_strides, factor,
-    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_DIMS: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """One block of keys into the rows' state."""
     block_k = load_block(k, start, num_keys, k_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
@@ -165,7 +172,7 @@ def _take_in(
     decay = tl.exp2(peak - base)
     total = total * decay + tl.sum(weights, 1)
     numerator = numerator * decay[:, None]
-    block_v = load_block(v, start, num_keys, v_strides, KEYS, DIMS, HEAD_DIM, WHOLE=not MASKED)
+    block_v = load_block(v, start, num_keys, v_strides, KEYS, VALUE_DIMS, VALUE_DIM, WHOLE=not MASKED)
     if CAREFUL:
         numerator = dot_seen(weights, block_v, seen, numerator)
     else:

@@ -69,7 +69,7 @@ class Triton(TileByTile):
         """flags: the only blocks to be taken in, and carefully."""
         from ringspan.kernels.triton_forward import absorb_kernel
 
-        config = self._configs_for(q).forward if flags is None else FLAGGED
+        config = self._configs_for(q, v).forward if flags is None else FLAGGED
         tensors = (state.acc, state.row_max, state.row_sum, q, k, v)
         _launch(
             absorb_kernel,
@@ -87,7 +87,7 @@ class Triton(TileByTile):
             FLIPPED=flipped,
             FLAGGED=flags is not None,
             **known.common,
-            **_sizes(q),
+            **_sizes(q, v),
         )
 
     def absorb_gradient(
@@ -131,12 +131,12 @@ class Triton(TileByTile):
         """flags: the only blocks to be taken in, and carefully; of dk and dv, and of dq."""
         from ringspan.kernels.triton_backward import absorb_dkdv_kernel, absorb_dq_kernel
 
-        chosen = self._configs_for(q) if flags is None else Configs(FLAGGED, FLAGGED, FLAGGED)
+        chosen = self._configs_for(q, v) if flags is None else Configs(FLAGGED, FLAGGED, FLAGGED)
         of_keys, of_rows = (known.lo, known.lo) if flags is None else flags
         inputs = (q, k, v, do, lse, delta)
         numbers = {"scale": scale, "factor": scale * math.log2(math.e), "FLAGGED": flags is not None}
         group = q.shape[1] // k.shape[1]
-        numbers |= {"group": group} | known.common | _sizes(q)
+        numbers |= {"group": group} | known.common | _sizes(q, v)
         bounded = (known.lo, known.hi)
 
         tensors: tuple[Tensor, ...] = (dk, dv, *inputs)
@@ -161,9 +161,9 @@ class Triton(TileByTile):
             **numbers,
         )
 
-    def _configs_for(self, q: Tensor) -> Configs:
+    def _configs_for(self, q: Tensor, v: Tensor) -> Configs:
         capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-        return self._configs(capability, _dims(q), q.dtype.itemsize)
+        return self._configs(capability, max(_dims(q), _dims(v)), q.dtype.itemsize)
 
 
 def _why_not_on(device: torch.device) -> str | None:
@@ -181,13 +181,13 @@ def _why_not_on(device: torch.device) -> str | None:
     return None
 
 
-def _dims(q: Tensor) -> int:
+def _dims(x: Tensor) -> int:
     """head_dim as blocks have it: a power of two, and at least 16 for tensor cores."""
-    return max(16, 1 << (q.shape[-1] - 1).bit_length())
+    return max(16, 1 << (x.shape[-1] - 1).bit_length())
 
 
-def _sizes(q: Tensor) -> dict[str, int]:
-    return {"HEAD_DIM": q.shape[-1], "DIMS": _dims(q)}
+def _sizes(q: Tensor, v: Tensor) -> dict[str, int]:
+    return {"HEAD_DIM": q.shape[-1], "DIMS": _dims(q), "VALUE_DIM": v.shape[-1], "VALUE_DIMS": _dims(v)}
 
 
 def _blocks(x: Tensor, length: int) -> int:

@@ -38,22 +38,22 @@ def travelling_side(problem: Problem, backward: bool) -> Travels:
 
 def forward_hop_bytes(problem: Problem, travels: Travels) -> int:
     """Bytes that move if every shard makes one hop: k, v; or q with its state."""
+    dim, value_dim = problem.dims
     if travels == "keys":
-        return (
-            2 * problem.batch * problem.num_kv_heads * problem.mask.num_keys * problem.head_dim * problem.itemsize_bytes
-        )
+        rows = problem.batch * problem.num_kv_heads * problem.mask.num_keys
+        return rows * (dim + value_dim) * problem.itemsize_bytes
     rows = problem.batch * problem.num_heads * problem.mask.num_queries
-    return rows * (problem.head_dim * problem.itemsize_bytes + (problem.head_dim + 2) * problem.state_itemsize_bytes)
+    return rows * (dim * problem.itemsize_bytes + (value_dim + 2) * problem.state_itemsize_bytes)
 
 
 def backward_hop_bytes(problem: Problem, travels: Travels) -> int:
     """Bytes that move if every shard makes one hop with its gradient: k, v, dk, dv; or q, do, lse, delta, dq."""
-    inputs, state = problem.itemsize_bytes, problem.state_itemsize_bytes
+    inputs, state, (dim, value_dim) = problem.itemsize_bytes, problem.state_itemsize_bytes, problem.dims
     if travels == "keys":
         rows = problem.batch * problem.num_kv_heads * problem.mask.num_keys
-        return rows * problem.head_dim * (2 * inputs + 2 * state)
+        return rows * (dim + value_dim) * (inputs + state)
     rows = problem.batch * problem.num_heads * problem.mask.num_queries
-    return rows * (problem.head_dim * (2 * inputs + state) + 2 * state)
+    return rows * ((dim + value_dim) * inputs + (dim + 2) * state)
 
 
 @dataclass(frozen=True)
