@@ -1,23 +1,45 @@
-"""A Hugging Face model whose sequence is spread over a ring: gpt-oss, with sinks, sliding windows and grouped heads.
+"""A Hugging Face model whose sequence is spread over a ring.
 
     pip install transformers
-    torchrun --nproc-per-node 4 examples/hugging_face.py
+    torchrun --nproc-per-node 4 examples/hugging_face.py gpt_oss        # sinks, sliding windows, grouped heads
+    torchrun --nproc-per-node 4 examples/hugging_face.py deepseek_v3    # latent attention: values shorter than keys
 
 The weights are random and small. Every rank computes the loss of its own tokens; its sum over ranks, and that of the
 gradients, are those of the whole sequence in one process, which rank 0 computes too, with the model's own attention.
 """
 
 import copy
+import sys
 
 import torch
 import torch.distributed as dist
-from transformers import AttentionInterface, AttentionMaskInterface, GptOssConfig, GptOssForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GptOssConfig,
+)
 
 import ringspan
 
 LAYOUT = "zigzag"
 # What models pass along that changes nothing here; all else is refused.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
+
+
+SMALL = dict(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, attn_implementation="eager")
+CONFIGS = {
+    "gpt_oss": GptOssConfig(
+        num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"], sliding_window=100, **SMALL,
+    ),
+    "deepseek_v3": DeepseekV3Config(
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16,
+        qk_rope_head_dim=8, v_head_dim=16, n_routed_experts=4, n_group=2, topk_group=1, num_experts_per_tok=2,
+        moe_intermediate_size=32, first_k_dense_replace=1, **SMALL,
+    ),
+}  # fmt: skip
 
 
 def ring_attention(
@@ -51,12 +73,7 @@ def main() -> None:
     AttentionInterface.register("ringspan", ring_attention)
     AttentionMaskInterface.register("ringspan", no_mask)
     torch.manual_seed(0)  # the same weights and the same text on every rank
-    config = GptOssConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
-        layer_types=["sliding_attention", "full_attention"], sliding_window=100, attn_implementation="eager",
-    )  # fmt: skip
-    model = GptOssForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(CONFIGS[sys.argv[1] if len(sys.argv) > 1 else "gpt_oss"])
     text = torch.randint(256, (1, 1025))
     tokens, labels = text[:, :-1], text[:, 1:]  # shifted before they are spread: a neighbour may be elsewhere
 
@@ -66,17 +83,20 @@ def main() -> None:
     positions = ringspan.positions(tokens.shape[1], layout=LAYOUT).unsqueeze(0)
     loss = loss_of(model, *mine, positions) * mine[0].numel() / tokens.numel()  # this rank's part of the mean
     loss.backward()
-    for parameter in model.parameters():
+    used = [x for x in model.parameters() if x.requires_grad]
+    for parameter in used:
+        if parameter.grad is None:  # an expert that no token of this rank was sent to
+            parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
     dist.all_reduce(loss)
 
     if dist.get_rank() == 0:
         expected = loss_of(whole, tokens, labels, torch.arange(tokens.shape[1]).unsqueeze(0))
         expected.backward()
-        pairs = zip(model.parameters(), whole.parameters(), strict=True)
+        pairs = zip(used, (x for x in whole.parameters() if x.requires_grad), strict=True)
         furthest = max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs)
         print(f"loss {loss:.6f} over {dist.get_world_size()} ranks, {expected:.6f} in one process")
-        print(f"gradients of {len(list(model.parameters()))} parameters differ by {furthest:.1e} at most")
+        print(f"gradients of {len(used)} parameters differ by {furthest:.1e} at most")
     dist.destroy_process_group()
 
 

@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def torchrun(example: str, num_ranks: int) -> str:
+def torchrun(example: str, num_ranks: int, *words: str) -> str:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    ended = subprocess.run([*command, EXAMPLES / example], capture_output=True, text=True, timeout=240)
+    ended = subprocess.run([*command, EXAMPLES / example, *words], capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
 
@@ -23,9 +25,12 @@ def test_the_program_of_the_readme_runs():
     ]
 
 
-def test_a_hugging_face_model_over_a_ring_has_the_loss_and_gradients_of_one_process():
-    said = torchrun("hugging_face.py", 3)
+@pytest.mark.parametrize(("model", "num_parameters"), [("gpt_oss", 37), ("deepseek_v3", 30)])
+def test_a_hugging_face_model_over_a_ring_has_the_loss_and_gradients_of_one_process(model, num_parameters):
+    said = torchrun("hugging_face.py", 3, model)
     loss, whole = map(float, re.search(r"loss ([\d.]+) over 3 ranks, ([\d.]+) in one process", said).groups())
     assert abs(loss - whole) <= 2e-6
-    furthest = float(re.search(r"gradients of 37 parameters differ by ([-\de.]+) at most", said).group(1))
+    furthest = float(
+        re.search(rf"gradients of {num_parameters} parameters differ by ([-\de.]+) at most", said).group(1)
+    )
     assert furthest <= 1e-5  # relative, in float32, through two layers
