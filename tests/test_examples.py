@@ -34,3 +34,9 @@ def test_a_hugging_face_model_over_a_ring_has_the_loss_and_gradients_of_one_proc
         re.search(rf"gradients of {num_parameters} parameters differ by ([-\de.]+) at most", said).group(1)
     )
     assert furthest <= 1e-5  # relative, in float32, through two layers
+
+
+def test_a_video_model_over_a_ring_makes_what_one_process_makes():
+    said = torchrun("video.py", 4)
+    found = re.search(r"\(1, 4, 5, 18, 14\) over 4 ranks, differs from one process by ([-\de.]+)", said)
+    assert float(found.group(1)) <= 2e-6
