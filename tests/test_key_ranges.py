@@ -1,6 +1,6 @@
 """Keys that each query sees, spelled out: the recipes of docs/masks.md, by their words, and rings under them."""
 
-import re
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -17,15 +17,10 @@ from ringspan.observe import steps
 from ringspan.problem import KeyRanges, Mask
 from ringspan.schedule.check import visible_pairs
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from mask_balance import recipes
+
 TOKENS, BATCH = 129, 3
-
-
-def recipes() -> dict:
-    page = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
-    found: dict = {"torch": torch}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code, found)
-    return found
 
 
 RECIPES = recipes()
