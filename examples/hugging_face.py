@@ -4,11 +4,13 @@
     torchrun --nproc-per-node 4 examples/hugging_face.py gpt_oss        # sinks, sliding windows, grouped heads
     torchrun --nproc-per-node 4 examples/hugging_face.py deepseek_v3    # latent attention: values shorter than keys
 
-The weights are random and small. Every rank computes the loss of its own tokens; its sum over ranks, and that of the
-gradients, are those of the whole sequence in one process, which rank 0 computes too, with the model's own attention.
+The weights are random and small. The sequence is packed: two documents that do not see each other. Every rank computes
+the loss of its own tokens; its sum over ranks, and that of the gradients, are those of one process, which rank 0
+computes too: each document by itself, with the model's own attention.
 """
 
 import copy
+import itertools
 import sys
 
 import torch
@@ -24,6 +26,7 @@ from transformers import (
 import ringspan
 
 LAYOUT = "zigzag"
+DOCUMENTS = (0, 389, 1024)
 # What models pass along that changes nothing here; all else is refused.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
 
@@ -43,29 +46,43 @@ CONFIGS = {
 
 
 def ring_attention(
-    module, q, k, v, attention_mask, *, scaling=None, dropout=0.0, sliding_window=None, s_aux=None, **others
+    module,
+    q,
+    k,
+    v,
+    attention_mask,
+    *,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    s_aux=None,
+    cu_seqlens=None,
+    key_ranges=None,
+    **others,
 ):
-    """What transformers asks of an attention function: q, k, v are [B, H, T, D], out is [B, T, H, D]."""
+    """What transformers asks of an attention function: q, k, v are [B, H, T, D], out is [B, T, H, D].
+
+    A model hands on what it is called with: cu_seqlens and key_ranges come so.
+    """
     unknown = sorted(name for name, x in others.items() if name not in HARMLESS and x is not None and x is not False)
     if attention_mask is not None or dropout or unknown:
         raise NotImplementedError(f"no masks but causal ones and windows, no dropout, and not {unknown}")
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)  # theirs counts the query's own key
-    out = ringspan.ring_attention(
-        q, k, v, causal=module.is_causal, window_size=window, softmax_scale=scaling, sinks=s_aux, layout=LAYOUT
-    )
+    masks = dict(causal=module.is_causal, window_size=window, cu_seqlens=cu_seqlens, key_ranges=key_ranges)
+    out = ringspan.ring_attention(q, k, v, **masks, softmax_scale=scaling, sinks=s_aux, layout=LAYOUT)
     return out.transpose(1, 2).contiguous(), None
 
 
 def no_mask(*_, attention_mask=None, **__):
     """What transformers asks for a mask, and without which it would drop one of padded tokens silently."""
     if attention_mask is not None and not attention_mask.all():
-        raise NotImplementedError("no padding: pack documents, and pass cu_seqlens to ring_attention")
+        raise NotImplementedError("no attention_mask: pack documents and pass cu_seqlens, or pass key_ranges")
 
 
-def loss_of(model, tokens, labels, positions):
-    """The mean over these tokens."""
-    logits = model(input_ids=tokens, position_ids=positions, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+def loss_of(model, tokens, labels, positions, **masks):
+    """These tokens' part of the mean over all."""
+    logits = model(input_ids=tokens, position_ids=positions, use_cache=False, **masks).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / DOCUMENTS[-1]
 
 
 def main() -> None:
@@ -76,12 +93,12 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(CONFIGS[sys.argv[1] if len(sys.argv) > 1 else "gpt_oss"])
     text = torch.randint(256, (1, 1025))
     tokens, labels = text[:, :-1], text[:, 1:]  # shifted before they are spread: a neighbour may be elsewhere
+    positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(DOCUMENTS)]).unsqueeze(0)
 
     whole = copy.deepcopy(model)
     model.set_attn_implementation("ringspan")
-    mine = [ringspan.shard(x, 1, layout=LAYOUT) for x in (tokens, labels)]
-    positions = ringspan.positions(tokens.shape[1], layout=LAYOUT).unsqueeze(0)
-    loss = loss_of(model, *mine, positions) * mine[0].numel() / tokens.numel()  # this rank's part of the mean
+    mine = [ringspan.shard(x, 1, layout=LAYOUT) for x in (tokens, labels, positions)]
+    loss = loss_of(model, *mine, cu_seqlens=DOCUMENTS)
     loss.backward()
     used = [x for x in model.parameters() if x.requires_grad]
     for parameter in used:
@@ -91,7 +108,8 @@ def main() -> None:
     dist.all_reduce(loss)
 
     if dist.get_rank() == 0:
-        expected = loss_of(whole, tokens, labels, torch.arange(tokens.shape[1]).unsqueeze(0))
+        documents = [slice(*ends) for ends in itertools.pairwise(DOCUMENTS)]
+        expected = sum(loss_of(whole, *(x[:, one] for x in (tokens, labels, positions))) for one in documents)
         expected.backward()
         pairs = zip(used, (x for x in whole.parameters() if x.requires_grad), strict=True)
         furthest = max(float((a.grad - b.grad).norm() / b.grad.norm()) for a, b in pairs)

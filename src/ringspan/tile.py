@@ -224,18 +224,19 @@ class Tile:
 def _intervals(tile: Tile) -> RowIntervals:
     """The intervals of a tile that is no band."""
     positions = np.arange(tile.queries.start, tile.queries.stop, tile.queries.step, dtype=np.int64)
+    size = len(tile.queries), len(tile.keys)
     lo, hi = (
         # Local index of the first key at or after a global position: a ceiling division.
-        -((tile.keys.start - bound) // tile.keys.step)
+        np.clip(-((tile.keys.start - bound) // tile.keys.step), 0, size[1]).astype(np.int32)
         for bound in tile.mask.intervals(positions)
     )
-    found = RowIntervals(len(tile.queries), len(tile.keys), None, lo, hi)
-    return RowIntervals(len(tile.queries), len(tile.keys)) if found.kind is Kind.FULL else found
+    found = RowIntervals(*size, None, lo, hi)
+    return RowIntervals(*size) if found.kind is Kind.FULL else found
 
 
-# All layers of a model ask for the same ones. Up to 1 MiB each.
+# All layers of a model ask for the same ones. Up to 512 KiB each.
 _KEPT_ROWS = 1 << 16
-_kept_intervals = lru_cache(maxsize=64)(_intervals)
+_kept_intervals = lru_cache(maxsize=128)(_intervals)
 
 
 def tiles_between(query_ranges: tuple[range, ...], key_ranges: tuple[range, ...], mask: Mask) -> tuple[Tile, ...]:
