@@ -60,6 +60,26 @@ REFUSALS = {
     "documents type": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.zeros(2))), TypeError, "tensor of integers"),
     "ranges type": (lambda q, k, v: ((q, k, v), dict(key_ranges=[[0, 9]] * 24)), TypeError, "must be a torch.Tensor"),
     "ranges dtype": (lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 2))), TypeError, "must hold integers"),
+    "ranges of 2**64": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 2).to(torch.uint64))),
+        TypeError,
+        "integers",
+    ),
+    "sparse ranges": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=torch.eye(24, 2).int().to_sparse())),
+        TypeError,
+        "must be a dense tensor",
+    ),
+    "sparse documents": (
+        lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.tensor([0, 24]).to_sparse())),
+        TypeError,
+        "must be a dense tensor",
+    ),
+    "ranges without numbers": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 2, device="meta").int())),
+        TypeError,
+        "on meta",
+    ),
     "ranges shape": (lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24).int())), ValueError, "(start, stop)"),
     "ranges shapes": (
         lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.zeros(24, 2).int(), torch.zeros(1, 24, 2).int()])),

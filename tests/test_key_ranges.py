@@ -189,19 +189,19 @@ def whole_out(q, k, v, **options):
     return ringspan.unshard(ringspan.ring_attention(*mine, **options), 2)
 
 
-def test_what_is_changed_after_a_call_is_seen_by_the_next_and_not_by_its_backward():
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_what_is_changed_after_a_call_is_seen_by_the_next_and_refused_by_its_backward(backend):
     q, k, v, *_ = Case(20).tensors()
-    ranges = torch.tensor([[0, 20]] * 20)
     q.requires_grad_()
-    out = ringspan.ring_attention(q, k, v, key_ranges=ranges)
+    attend = torch.compile(lambda q, ranges: ringspan.ring_attention(q, k, v, key_ranges=ranges), backend=backend)
+    ranges = torch.tensor([[0, 20]] * 20)
+    out = attend(q, ranges)
     assert torch.equal(out, ringspan.ring_attention(q, k, v))
     ranges[:, 1] = 10
-    assert torch.equal(
-        ringspan.ring_attention(q, k, v, key_ranges=ranges), ringspan.ring_attention(q, k[:, :, :10], v[:, :, :10])
-    )
-    out.sum().backward()  # of the ranges that the forward had
-    whole, expected = q.grad, torch.autograd.grad(ringspan.ring_attention(q, k, v).sum(), q)[0]
-    assert torch.equal(whole, expected)
+    assert torch.equal(attend(q, ranges), ringspan.ring_attention(q, k[:, :, :10], v[:, :, :10]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
 
 
 def test_it_is_compiled_without_a_graph_break():
@@ -220,7 +220,7 @@ def test_it_is_compiled_without_a_graph_break():
     assert torch.equal(compiled(q, *others), fn(q, *others)) and fn(q, *others) != fn(q, *ranges)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint8, torch.uint32])
 def test_any_integers_are_taken_however_far_they_reach(dtype):
     q, k, v, *_ = Case(20).tensors()
     edges = torch.iinfo(dtype)

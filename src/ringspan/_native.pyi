@@ -29,12 +29,13 @@ def absorb(
     """Add sum_j e^(s_ij) v_j and sum_j e^(s_ij), s_ij = scale q_i . k_j, to the state acc e^row_max, row_sum
     e^row_max, in place.
 
-    acc [B, H, T, D], row_max and row_sum [B, H, T] are float32; (0, -inf, 0) has seen nothing. q [B, H, T, D], k
-    and v [B, K, S, D] are float32, bfloat16 or float16 with any strides; query head h reads head h // (H / K). Row
-    i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T], [B, H, T] or [B, 1, T]; a
-    row that sees none keeps its bits. row_max is near the largest score, not necessarily equal to it. num_threads 0
-    means every processor. The result does not depend on num_threads. rounds_weights: e^(s_ij - row_max) may be rounded
-    to bfloat16 before it meets v_j; needs bfloat16 inputs and an instruction set that offers it (info()).
+    acc [B, H, T, E], row_max and row_sum [B, H, T] are float32; (0, -inf, 0) has seen nothing. q [B, H, T, D], k
+    [B, K, S, D] and v [B, K, S, E] are float32, bfloat16 or float16 with any strides; query head h reads head
+    h // (H / K). Row i sees the keys i + lower <= j < i + upper, or lo[i] <= j < hi[i] from int32 arrays [T],
+    [B, H, T] or [B, 1, T]; a row that sees none keeps its bits. row_max is near the largest score, not necessarily
+    equal to it. num_threads 0 means every processor. The result does not depend on num_threads. rounds_weights:
+    e^(s_ij - row_max) may be rounded to bfloat16 before it meets v_j; needs bfloat16 inputs and an instruction set
+    that offers it (info()).
     """
 
 def absorb_runs(
@@ -72,8 +73,8 @@ def absorb_gradient(
     num_threads: int = 0,
     rounds_weights: bool = False,
 ) -> None:
-    """Add the tile's gradients to dq [B, H, T, D], dk and dv [B, K, S, D], float32; dq may be None, or dk and dv may
-    be.
+    """Add the tile's gradients to dq [B, H, T, D], dk [B, K, S, D] and dv [B, K, S, E], float32; dq may be None, or dk
+    and dv may be. do [B, H, T, E].
 
     p_ij = e^(s_ij - lse_i), ds_ij = p_ij (do_i . v_j - delta_i). lse and delta [B, H, T] are float32; a row with
     lse = -inf has no gradient. rounds_weights: p and ds may be rounded to bfloat16, as in absorb.

@@ -16,7 +16,7 @@ from ringspan.arguments import (
     check_tensor,
     documents_tensor,
     normalised_options,
-    ranges_tensor,
+    ranges_tensors,
 )
 from ringspan.autograd import attend, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
@@ -124,7 +124,7 @@ def ring_attention(
             check_alike(q, k, v)
         check_sinks(sinks, q)
         check_no_tangents(q=q, k=k, v=v, sinks=sinks)
-        documents, ranges = documents_tensor(cu_seqlens), ranges_tensor(key_ranges)
+        documents, ranges = documents_tensor(cu_seqlens), ranges_tensors(key_ranges)
         options = normalised_options(
             causal=causal,
             window_size=window_size,
@@ -146,7 +146,8 @@ def ring_attention(
         if not isinstance(q, Tensor):
             raise
         # While a graph is traced ranks cannot talk: it tells them when it runs.
-        out, lse = refuse_later(q, type(error).__name__, str(error.args[0]), name)
+        value_dim = v.shape[-1] if isinstance(v, Tensor) and v.ndim else q.shape[-1]
+        out, lse = refuse_later(q, value_dim, type(error).__name__, str(error.args[0]), name)
         return (out, lse) if return_lse else out
     out, lse = attend(
         q,

@@ -21,6 +21,7 @@ from ringspan.layout import check_name
 from ringspan.problem import UNBOUNDED, KeyRanges
 
 _LARGEST_INT = 1 << 62
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -177,7 +178,17 @@ def normalised_options(
     scale = None if softmax_scale is None else _finite(softmax_scale)
     documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
     check_documents(documents)
-    return Options(left, right, documents, None, layout, scale, kernel, transport, agreement, gradients)
+    return Options(
+        left,
+        right,
+        cu_seqlens=documents,
+        layout=layout,
+        scale=scale,
+        kernel=kernel,
+        transport=transport,
+        agreement=agreement,
+        gradients=gradients,
+    )
 
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:
@@ -223,23 +234,23 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
                 got=f"{cu_seqlens.dtype} of shape {_shape(cu_seqlens)}",
             )
         )
+    _check_dense("cu_seqlens", cu_seqlens)
     return cu_seqlens.detach().to("cpu", torch.int64)
 
 
-def ranges_tensor(key_ranges: Tensor | Sequence[Tensor] | None) -> Tensor | None:
-    """One or several key_ranges as one int64 tensor on the CPU, [parts, T, 2] or [parts, B, T, 2].
-
-    What they have to fit is checked by those who know it.
-    """
+def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    """key_ranges, one or several, as int64 tensors on the CPU; whether they fit is for those to check who know."""
     if key_ranges is None:
-        return None
+        return []
     parts = [key_ranges] if isinstance(key_ranges, Tensor) else key_ranges
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Tensor) for part in parts):
         got = repr(key_ranges)[:200] if isinstance(parts, (list, tuple)) else str(type(key_ranges))
         raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got))
     for part in parts:
-        if part.is_floating_point() or part.is_complex() or part.dtype == torch.bool:
-            raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype)))
+        if part.dtype not in _INTEGERS:
+            fix = f"one of {', '.join(map(str, _INTEGERS))}"
+            raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype), fix=fix))
+        _check_dense("key_ranges", part)
         if part.ndim not in (2, 3) or part.shape[-1] != 2 or part.shape != parts[0].shape:
             raise ArgumentError(
                 explain(
@@ -248,18 +259,25 @@ def ranges_tensor(key_ranges: Tensor | Sequence[Tensor] | None) -> Tensor | None
                     fix="shape [T, 2] or [batch, T, 2]",
                 )
             )
-    return torch.stack([part.detach().to("cpu", torch.int64) for part in parts])
+    return [part.detach().to("cpu", torch.int64) for part in parts]
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    """Refuse a mask whose numbers cannot be looked at."""
+    if x.layout != torch.strided or x.is_nested or x.is_meta:
+        got = "a nested tensor" if x.is_nested else f"{x.layout} on {x.device}"
+        raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="use .to_dense()"))
 
 
 def check_ranges(key_ranges: tuple[KeyRanges, ...] | None, q: Tensor) -> None:
     """Refuse key ranges of another number of batch entries, and some that overlap."""
     if key_ranges is None:
         return
-    if key_ranges[0].num_entries not in (None, q.shape[0]):
+    if key_ranges[0].batch not in (None, q.shape[0]):
         raise ArgumentError(
             explain(
                 "key_ranges [B, T, 2] must have q's batch size.",
-                got=f"B {key_ranges[0].num_entries}, q: batch {q.shape[0]}",
+                got=f"B {key_ranges[0].batch}, q: batch {q.shape[0]}",
                 fix="[T, 2] holds for all batch entries",
             )
         )
@@ -267,7 +285,7 @@ def check_ranges(key_ranges: tuple[KeyRanges, ...] | None, q: Tensor) -> None:
     if overlapping:
         raise ArgumentError(
             explain(
-                "several key_ranges must not overlap: a query would see a key twice.",
+                "several key_ranges must not overlap, or a query would see keys twice.",
                 got=f"those at {overlapping[0]} and {overlapping[1]} do",
                 fix="start the one where the other stops",
             )

@@ -7,6 +7,8 @@ ranks must reach, a rank on which torch.compile drops an unused output leaves th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ def attend(
     v: Tensor,
     sinks: Tensor | None,
     cu_seqlens: Tensor | None,
-    key_ranges: Tensor | None,
+    key_ranges: Sequence[Tensor],
     group: str,
     layout: str,
     left: int,
@@ -35,7 +37,8 @@ def attend(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients)
+    mask = _mask(group, agreement, cu_seqlens, key_ranges)
+    options = Options(left, right, *mask, layout, scale, kernel, transport, agreement, gradients)
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
@@ -54,7 +57,7 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor | None,
-    key_ranges: Tensor | None,
+    key_ranges: Sequence[Tensor],
     group: str,
     layout: str,
     left: int,
@@ -65,7 +68,8 @@ def attend_backward(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients)
+    mask = _mask(group, agreement, cu_seqlens, key_ranges)
+    options = Options(left, right, *mask, layout, scale, kernel, transport, agreement, gradients)
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
     return dq, dk, dv
@@ -78,36 +82,44 @@ def _(d_out, d_lse, q, k, v, out, lse, *options):
 
 
 @torch.library.custom_op("ringspan::refuse", mutates_args=())
-def refuse_later(q: Tensor, kind: str, message: str, group: str) -> tuple[Tensor, Tensor]:
+def refuse_later(q: Tensor, value_dim: int, kind: str, message: str, group: str) -> tuple[Tensor, Tensor]:
     """What a graph holds of a call that was refused while it was traced: the other ranks hear of it when it runs."""
     call.refuse(resolve(group), getattr(errors, kind, errors.ArgumentError)(message))
 
 
 @refuse_later.register_fake
-def _(q, kind, message, group):
-    return torch.empty_like(q), q.new_empty(q.shape[:3])
+def _(q, value_dim, kind, message, group):
+    return q.new_empty((*q.shape[:-1], value_dim)), q.new_empty(q.shape[:3])
 
 
-def _options(cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients) -> Options:
-    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    ranges = None if key_ranges is None else tuple(map(KeyRanges.of, key_ranges.numpy()))
-    return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, gradients)
+def _mask(
+    group: str, agreement: bool, cu_seqlens: Tensor | None, key_ranges: Sequence[Tensor]
+) -> tuple[tuple[int, ...] | None, tuple[KeyRanges, ...] | None]:
+    """(documents, key ranges) as the call knows them. What goes wrong here the other ranks must hear of, too."""
+    try:
+        documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        return documents, tuple(KeyRanges.of(part.numpy()) for part in key_ranges) or None
+    except Exception as error:
+        if not agreement:
+            raise
+        call.refuse(resolve(group), error)
 
 
 def _keep(ctx, inputs, output) -> None:
     q, k, v, sinks, cu_seqlens, key_ranges, *options = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens, key_ranges)
+    # The mask as the caller gave it: autograd then refuses a backward after it was changed.
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens, *key_ranges)
     ctx.options = options
 
 
 def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    q, k, v, out, lse, sinks, *mask = ctx.saved_tensors
+    q, k, v, out, lse, sinks, cu_seqlens, *key_ranges = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
-    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, *mask, *ctx.options)
+    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, key_ranges, *ctx.options)
     d_sinks = _of_sinks(sinks, out, lse, d_out, d_lse) if ctx.needs_input_grad[3] else None
-    return (*grads, d_sinks, *(None for _ in range(len(mask) + len(ctx.options))))
+    return (*grads, d_sinks, None, [None] * len(key_ranges), *(None for _ in ctx.options))
 
 
 def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None) -> Tensor:

@@ -244,14 +244,15 @@ def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Te
 def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -> Mask:
     """The mask of the whole sequence; refuses what has no meaning for its lengths."""
     mask = Mask(num_queries, num_keys, options.left, options.right, options.cu_seqlens, options.key_ranges)
-    if num_queries != num_keys and (options.layout != "contiguous" or mask.sets_positions_equal):
-        rules = "causal, window_size and cu_seqlens"
-        what = rules if mask.sets_positions_equal else f"layout={options.layout!r}"
+    if num_queries != num_keys and (options.layout != "contiguous" or mask.compares_positions):
+        what, fix = f"layout={options.layout!r}", 'layout="contiguous"'
+        if mask.compares_positions:
+            what, fix = "causal, window_size and cu_seqlens", "no mask, or key_ranges alone"
         raise LayoutError(
             explain(
                 f"{what} cannot be used with cross attention of unequal lengths.",
                 got=f"q: {num_queries} tokens, k: {num_keys} tokens over {num_ranks} ranks",
-                fix='layout="contiguous" without a mask, or with key_ranges',
+                fix=fix,
             )
         )
     if options.cu_seqlens is not None and options.cu_seqlens[-1] != num_queries:

@@ -43,8 +43,8 @@ class KeyRanges:
         return self.lo.shape[-1]
 
     @property
-    def num_entries(self) -> int | None:
-        """How many batch entries they tell apart; None: they hold for all."""
+    def batch(self) -> int | None:
+        """The batch size that they are for; None: for any."""
         return self.lo.shape[0] if self.lo.ndim > 1 else None
 
     def overlaps(self, other: KeyRanges) -> bool:
@@ -76,11 +76,11 @@ class Mask:
 
     @property
     def sees_all(self) -> bool:
-        return not self.sets_positions_equal and self.key_ranges is None
+        return not self.compares_positions and self.key_ranges is None
 
     @property
-    def sets_positions_equal(self) -> bool:
-        """Whether a rule means query p and key p to be one token."""
+    def compares_positions(self) -> bool:
+        """Whether a rule compares where a query and a key are: query p and key p are one token then."""
         return (self.left, self.right, self.cu_seqlens) != (UNBOUNDED, UNBOUNDED, None)
 
     @property
@@ -97,7 +97,8 @@ class Mask:
     @property
     def num_entries(self) -> int:
         """How many batch entries it tells apart; 1 where it holds for all."""
-        return self.key_ranges[0].num_entries or 1 if self.key_ranges else 1
+        of_ranges = self.key_ranges[0].batch if self.key_ranges else None
+        return 1 if of_ranges is None else of_ranges
 
     def document(self, position: int) -> tuple[int, int]:
         """The [start, end) of the document that holds a global position."""

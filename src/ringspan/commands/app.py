@@ -94,7 +94,7 @@ def attend(
         Path | None,
         typer.Argument(
             metavar="INPUT.safetensors",
-            help="q, k and v of the whole sequence, each \\[batch, heads, tokens, head_dim]; "
+            help="q, k and v of the whole sequence, each \\[batch, heads, tokens, head_dim] (that of v may differ); "
             "k and v may have fewer heads.",
         ),
     ] = None,

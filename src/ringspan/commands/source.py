@@ -25,7 +25,7 @@ _MADE_AT_ONCE = 1 << 20  # pairs of random numbers
 
 
 class Source(Protocol):
-    """q [B, H, T, D], k and v [B, K, S, D] of the whole sequence, readable in any process."""
+    """q [B, H, T, D], k [B, K, S, D] and v [B, K, S, E] of the whole sequence, readable in any process."""
 
     @property
     def label(self) -> str:

@@ -26,11 +26,11 @@ class Block:
         return self.kv_heads.stop - self.kv_heads.start
 
     def queries(self, x: Tensor) -> Tensor:
-        """The block's part of q, do, dq [B, H, T, D] or lse, delta [B, H, T]."""
+        """The block's part of q, dq [B, H, T, D], do [B, H, T, E] or lse, delta [B, H, T]."""
         return x[self.batch, self.heads, self.rows]
 
     def keyed(self, x: Tensor) -> Tensor:
-        """The block's part of k, v, dk, dv [B, K, S, D]."""
+        """The block's part of k, dk [B, K, S, D], or v, dv [B, K, S, E]."""
         return x[self.batch, self.kv_heads, self.keys]
 
     def intervals(self, visible: RowIntervals) -> RowIntervals:

@@ -2,7 +2,8 @@
 
 It computes rectangles and diagonals that start at the corner. Intervals are therefore taken apart into such
 pieces (a packed document is one, a striped diagonal is one after its first row is cut off); what remains, such
-as sliding windows, intervals that differ between heads, and values of another head_dim, goes to the reference.
+as sliding windows, intervals that differ between heads or batch entries, and values of another head_dim, goes to the
+reference.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
     """One rank's schedule. rides: results for the travelling shard ride along: gradients, or states of queries."""
-    return _ring(mask, query_layout, key_layout, travels).schedule(rank, rides)
+    ring = (_large_ring if mask.key_ranges else _ring)(mask, query_layout, key_layout, travels)
+    return ring.schedule(rank, rides)
 
 
 def travelling_side(problem: Problem, backward: bool) -> Travels:
@@ -64,8 +65,8 @@ class _Ring:
     query_layout: Layout
     key_layout: Layout
     travels: Travels
-    _schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict)
-    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict)
+    _schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict, compare=False)
+    _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, compare=False)
 
     @property
     def num_ranks(self) -> int:
@@ -139,4 +140,5 @@ class _Ring:
         return Hop((rank + 1) % self.num_ranks if goes_on else shard, shard)
 
 
-_ring = lru_cache(maxsize=32)(_Ring)  # few: a mask may hold the key ranges of a million queries
+_ring = lru_cache(maxsize=128)(_Ring)
+_large_ring = lru_cache(maxsize=8)(_Ring)  # key ranges are kept with it: 16 bytes a query
