@@ -67,6 +67,22 @@ def test_a_ring_of_any_size_is_exact_under_every_mask_and_layout(mask, layout, n
     exact_ring(on_gpu(129, layout=layout, options=masks(129)[mask]), num_ranks)
 
 
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_key_ranges_of_each_batch_entry_are_exact(num_ranks):
+    lengths = torch.tensor([300, 77, 1], device="cpu")
+    stop = lengths[:, None].expand(-1, 300)
+    ranges = torch.stack([torch.zeros_like(stop), stop], -1)
+    for layout, options in (("zigzag", dict(causal=True)), ("contiguous", {})):
+        exact_ring(on_gpu(300, batch=3, layout=layout, options=options | dict(key_ranges=ranges)), num_ranks)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_may_have_a_head_dim_of_their_own(num_ranks, dtype):
+    case = on_gpu(300, head_dim=192, value_dim=128, dtype=dtype, layout="zigzag", options=dict(causal=True))
+    exact_ring(case, num_ranks)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tokens", [1, 63, 1000])
 @pytest.mark.parametrize("num_ranks", [3, 8])
