@@ -1,7 +1,9 @@
-"""What the recipes of docs/masks.md cost a ring in each layout: work of the busiest rank, and hops. Integers only.
+"""What the recipes of docs/masks.md cost a ring in each layout: work of the busiest rank, and hops.
 
-python benchmarks/mask_balance.py                  # 8 ranks, 32,768 tokens
-python benchmarks/mask_balance.py --ranks 64
+Counted from schedules, in integers; nothing is timed.
+
+    python benchmarks/mask_balance.py                  # 8 ranks, 32,768 tokens
+    python benchmarks/mask_balance.py --ranks 64
 """
 
 import argparse

@@ -1,7 +1,7 @@
 // One tile of exact attention on a CPU: what a call is made of, and its two entry points.
 //
-// A tile is B x H x T queries against B x K x S keys of D numbers each, with values of E. Query head h reads key/value head
-// h / (H / K).
+// A tile is B x H x T queries against B x K x S keys of D numbers each, with values of E.
+// Query head h reads key/value head h / (H / K).
 // Strides count elements, so that [.., s, d] and [.., d, s] storage, slices and broadcasts are all read in place.
 #pragma once
 

@@ -30,7 +30,6 @@ DOCUMENTS = (0, 389, 1024)
 # What models pass along that changes nothing here; all else is refused.
 HARMLESS = {"position_ids", "use_cache", "output_router_logits"}
 
-
 SMALL = dict(vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2, attn_implementation="eager")
 CONFIGS = {
     "gpt_oss": GptOssConfig(

@@ -39,7 +39,7 @@ def rotated(x, cos, sin):
     """Neighbouring numbers are a pair; each angle stands twice."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., ::2], sin[..., ::2]
-    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2).type_as(x)
 
 
 def spread(model):

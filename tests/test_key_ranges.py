@@ -13,16 +13,15 @@ from whole import Case, check, ring
 
 import ringspan
 from ringspan import run_local
+from ringspan.layout import split
 from ringspan.observe import steps
 from ringspan.problem import KeyRanges, Mask
-from ringspan.schedule.check import visible_pairs
+from ringspan.tile import Band, tiles_between
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from mask_balance import recipes
 
 TOKENS, BATCH = 129, 3
-
-
 RECIPES = recipes()
 LENGTHS = torch.tensor([100, 129, 5])
 IMAGES = [(7, 31), (31, 33), (90, 129)]
@@ -125,8 +124,8 @@ def test_later_queries_of_a_longer_sequence_are_its_last_ones():
         assert relative_error(out, exact[:, :, num_before:]) < 2e-6
 
 
-def over_processes(rank, transport):
-    return ring(None, case_of("causal padding", layout="zigzag", shared=rank == 1) if transport is None else transport)
+def over_processes(rank, case):
+    return ring(None, case)
 
 
 @pytest.mark.parametrize("transport", ["shared_memory", "torch_dist"])
@@ -172,9 +171,10 @@ def test_shards_that_nobody_sees_are_neither_sent_nor_computed():
     assert found == [{0, max(r - 1, 0), r} for r in range(8)]
 
 
-def test_ranges_that_show_all_cost_what_no_mask_costs():
-    for part in Mask(64, 64, key_ranges=(KeyRanges.of(np.array([[-9, 99]] * 64)),)).parts:
-        assert visible_pairs(part).all()
+def test_ranges_that_show_all_are_no_mask_to_kernels():
+    ranges, layout = KeyRanges.of(np.array([[-9, 99]] * 64)), split("striped", 64, 3)
+    (tile,) = tiles_between(layout.ranges(0), layout.ranges(2), Mask(64, 64, key_ranges=(ranges,)))
+    assert tile.intervals().band == Band()
     case = Case(64, batch=2)
     q, k, v, *_ = case.tensors()
     plain, ranged = (

@@ -150,7 +150,7 @@ def test_float64_loses_nothing_to_float32_on_the_way():
 
 
 def test_out_is_as_wide_as_the_values_where_they_are_not_as_wide_as_the_queries():
-    assert SoftmaxState.empty(torch.zeros(*SHAPE, DIM), head_dim=7).acc.shape == (*SHAPE, 7)
+    assert SoftmaxState.empty(torch.zeros(*SHAPE, DIM), value_dim=7).acc.shape == (*SHAPE, 7)
 
 
 def test_select_is_a_view_of_the_rows_heads_and_entries_that_it_names():

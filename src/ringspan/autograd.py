@@ -37,8 +37,9 @@ def attend(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
-    mask = _mask(group, agreement, cu_seqlens, key_ranges)
-    options = Options(left, right, *mask, layout, scale, kernel, transport, agreement, gradients)
+    options = _options(
+        group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+    )
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
@@ -68,8 +69,9 @@ def attend_backward(
     agreement: bool,
     gradients: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(group, agreement, cu_seqlens, key_ranges)
-    options = Options(left, right, *mask, layout, scale, kernel, transport, agreement, gradients)
+    options = _options(
+        group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+    )
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
     return dq, dk, dv
@@ -92,17 +94,18 @@ def _(q, value_dim, kind, message, group):
     return q.new_empty((*q.shape[:-1], value_dim)), q.new_empty(q.shape[:3])
 
 
-def _mask(
-    group: str, agreement: bool, cu_seqlens: Tensor | None, key_ranges: Sequence[Tensor]
-) -> tuple[tuple[int, ...] | None, tuple[KeyRanges, ...] | None]:
-    """(documents, key ranges) as the call knows them. What goes wrong here the other ranks must hear of, too."""
+def _options(
+    group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+) -> Options:
+    """What an op was given as the call knows it. If a mask's values cannot be had, the other ranks must hear of it."""
     try:
         documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-        return documents, tuple(KeyRanges.of(part.numpy()) for part in key_ranges) or None
+        ranges = tuple(KeyRanges.of(part.numpy()) for part in key_ranges) or None
     except Exception as error:
         if not agreement:
             raise
         call.refuse(resolve(group), error)
+    return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, gradients)
 
 
 def _keep(ctx, inputs, output) -> None:

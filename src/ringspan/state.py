@@ -30,12 +30,12 @@ class SoftmaxState:
     row_sum: Tensor
 
     @classmethod
-    def empty(cls, q: Tensor, head_dim: int | None = None) -> SoftmaxState:
-        """The state of q's rows [B, H, T, D] before any key was seen. head_dim: of v, if not q's."""
+    def empty(cls, q: Tensor, value_dim: int | None = None) -> SoftmaxState:
+        """The state of q's rows [B, H, T, D] before any key was seen. value_dim: head_dim of v, if not q's."""
         batch, heads, rows, dim = q.shape
         dtype = state_dtype(q.dtype)
         return cls(
-            torch.zeros(batch, heads, rows, head_dim or dim, dtype=dtype, device=q.device),
+            torch.zeros(batch, heads, rows, value_dim or dim, dtype=dtype, device=q.device),
             torch.full((batch, heads, rows), NEVER, dtype=dtype, device=q.device),
             torch.zeros(batch, heads, rows, dtype=dtype, device=q.device),
         )
