@@ -67,7 +67,7 @@ def test_a_second_derivative_is_refused():
     q, k, v = tensors()
     out = ringspan.ring_attention(q, k, v)
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ringspan.UnsupportedError, match="differentiable once"):
         grad.sum().backward()
 
 
@@ -222,3 +222,43 @@ def test_the_graph_keeps_nothing_but_q_k_v_out_and_lse():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         ringspan.ring_attention(q, k, v, causal=True)
     assert sorted(x.shape for x in kept) == sorted([q.shape, k.shape, v.shape, q.shape, q.shape[:3]])
+
+
+def differentiated_and_refused(rank):
+    q, k, v = tensors()
+    compiled = torch.compile(
+        lambda q: ringspan.ring_attention(q, k, v, layout="zigzg" if rank else "zigzag").sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    try:
+        compiled(q).backward()
+    except ringspan.RingspanError as error:
+        return type(error).__name__, str(error)
+
+
+def test_a_refusal_is_told_where_the_graph_is_differentiated_too():
+    (first, told), (second, said) = results(run_processes(differentiated_and_refused, 2))
+    assert (first, second) == ("PeerRefusedError", "ArgumentError")
+    assert "layout is unknown" in said and said.splitlines()[0] in told
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_the_transforms_of_torch_func_are_refused_in_ones_own_words(transform):
+    q, k, v = (x.detach() for x in tensors())
+    ways = {
+        "grad": lambda: torch.func.grad(lambda q: ringspan.ring_attention(q, k, v).sum())(q),
+        "vmap": lambda: torch.vmap(lambda k: ringspan.ring_attention(q, k, v))(k[None]),
+    }
+    with pytest.raises(ringspan.UnsupportedError, match=r"torch\.func(.|\n)*inside of grad, vjp, vmap"):
+        ways[transform]()
+
+
+def test_meta_tensors_on_one_rank_are_a_refusal_and_no_made_up_result():
+    def work(group):
+        q, k, v = (x.detach().to("meta" if group.rank() else "cpu") for x in tensors())
+        with pytest.raises((ringspan.ArgumentTypeError, ringspan.PeerRefusedError), match="q must hold numbers"):
+            ringspan.ring_attention(q, k, v)
+        return True
+
+    assert run_local(work, 2, timeout=20) == [True, True]

@@ -11,6 +11,7 @@ from processes import results, run_processes
 import ringspan
 from ringspan import run_local
 from ringspan.arguments import check_like, check_tensors
+from ringspan.kernels.table import KERNELS
 
 
 def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0):
@@ -78,7 +79,7 @@ REFUSALS = {
     "ranges without numbers": (
         lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 2, device="meta").int())),
         TypeError,
-        "on meta",
+        "the meta device",
     ),
     "ranges shape": (lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24).int())), ValueError, "(start, stop)"),
     "ranges shapes": (
@@ -272,7 +273,7 @@ def stay_away(rank, absent, num_calls):
         import torch.distributed as dist
 
         store = dist.group.WORLD.get_group_store()
-        store.wait([f"ringspan/{dist.group.WORLD.group_name}/failed"])
+        store.wait([f"ringspan/{dist.group.WORLD.group_name}/1/failed"])
 
 
 @pytest.mark.parametrize(("num_calls", "words"), [(0, "no sign of rank 1"), (2, "rank 1 to begin call")])
@@ -412,3 +413,100 @@ def test_what_a_backward_is_given_must_be_on_the_device_of_q():
     q = torch.zeros(1, 2, 4, 8)
     with pytest.raises(TypeError, match=r"lse and q must share one device.\n.*q: cpu, lse: meta"):
         check_like("lse", torch.zeros(1, 2, 4, device="meta"), q, q.shape[:3], any_dtype=True)
+
+
+def allocation_fails(rank):
+    x = torch.ones(4, 3)
+    ringspan.unshard(x, 0)
+    if rank == 1:
+        torch.Tensor.new_empty = lambda *_: (_ for _ in ()).throw(MemoryError("no room for the whole"))
+    ringspan.unshard(x, 0)
+
+
+def test_a_rank_that_has_no_room_to_unshard_is_named_to_the_others():
+    first, second = run_processes(allocation_fails, 2, group_timeout_s=60, limit_s=30)
+    assert "rank 1 failed first: MemoryError: no room for the whole" in str(first.error)
+    assert isinstance(second.error, MemoryError)
+
+
+def change_before_backward(rank):
+    q, k, v = (x.requires_grad_() for x in shards())
+    doubled = q * 2
+    out = ringspan.ring_attention(doubled, k, v)
+    if rank == 1:
+        with torch.no_grad():
+            doubled.mul_(2)
+    out.sum().backward()
+
+
+def test_a_backward_that_autograd_refuses_on_one_rank_is_told_to_the_others():
+    first, second = run_processes(change_before_backward, 2, group_timeout_s=60, limit_s=30)
+    assert isinstance(first.error, ringspan.PeerRefusedError) and "modified by an inplace operation" in str(first.error)
+    assert isinstance(second.error, RuntimeError) and "modified by an inplace operation" in str(second.error)
+
+
+def test_a_thread_that_cannot_start_leaves_no_other_waiting(monkeypatch):
+    start = threading.Thread.start
+
+    def start_but_one(thread):
+        if thread.name == "ringspan-worker-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_but_one)
+    told, ended = [], threading.Semaphore(0)
+
+    def work(group):
+        try:
+            ringspan.ring_attention(*shards())
+        except ringspan.RankFailedError as error:
+            told.append(str(error))
+        ended.release()
+
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        run_local(work, 3)
+    assert all(ended.acquire(timeout=10) for _ in range(2))
+    assert all("the caller of run_local failed first" in text for text in told), told
+
+
+def test_the_refusal_comes_out_of_run_local_and_not_what_tells_of_it():
+    heard = threading.Semaphore(0)
+
+    def work(group):
+        if group.rank() != 2:
+            try:
+                ringspan.ring_attention(*shards())
+            finally:
+                heard.release()
+        try:
+            ringspan.ring_attention(*shards(), layout="zigzg")
+        finally:
+            assert all(heard.acquire(timeout=10) for _ in range(2))  # so that the others fail first
+
+    with pytest.raises(ringspan.ArgumentError, match="zigzg") as told:
+        run_local(work, 3)
+    assert not isinstance(told.value, ringspan.PeerRefusedError)
+
+
+def test_a_reader_that_is_waited_for_is_named(monkeypatch):
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "reference")
+    absorb, released, tiles = kernel.absorb_runs, threading.Event(), []
+
+    def absorb_or_stop(*args):
+        if threading.current_thread().name == "ringspan-worker-1":
+            tiles.append(args)
+            if len(tiles) == 2:  # with the keys of rank 0
+                released.wait(timeout=20)
+        absorb(*args)
+
+    monkeypatch.setattr(kernel, "absorb_runs", absorb_or_stop)
+    monkeypatch.setattr(kernel, "enough_keys", 0)
+
+    def work(group):
+        try:
+            ringspan.ring_attention(*shards(), causal=True, kernel="reference")
+        finally:
+            released.set()
+
+    with pytest.raises(ringspan.RankFailedError, match="waited 1 s for rank 1 to read rank 0's tensors"):
+        run_local(work, 2, timeout=1)

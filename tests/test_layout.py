@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ringspan.errors import ArgumentError, LayoutError
-from ringspan.layout import LAYOUTS, from_lengths, split
+from ringspan.layout import LAYOUTS, from_lengths, shard_length, split
 
 LENGTHS = (0, 1, 2, 7, 29, 63, 64, 129, 1000)
 every_layout = pytest.mark.parametrize("name", LAYOUTS)
@@ -114,3 +114,12 @@ def test_adjacent_zigzag_chunks_come_as_one_range():
         (range(4, 8),),
     ]
     assert split("zigzag", 7, 1).ranges(0) == (range(7),)
+
+
+@every_layout
+@every_number_of_ranks
+@pytest.mark.parametrize("num_tokens", LENGTHS)
+def test_the_length_of_a_shard_is_that_of_its_ranges(name, num_ranks, num_tokens):
+    whole = split(name, num_tokens, num_ranks)
+    lengths = [shard_length(name, num_tokens, rank, num_ranks) for rank in range(num_ranks)]
+    assert lengths == [sum(map(len, whole.ranges(rank))) for rank in range(num_ranks)]

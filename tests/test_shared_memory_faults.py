@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import results, run_processes
+from torch.distributed.device_mesh import init_device_mesh
 
 import ringspan
 from ringspan import call
@@ -168,6 +169,53 @@ def test_what_was_read_of_a_rank_that_failed_meanwhile_is_no_result():
     assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
 
 
+def give_up_and_overwrite(rank):
+    """Rank 2 is interrupted in the call after. So rank 0 gives this one up, while rank 1 reads its keys, and overwrites
+    them."""
+    from ringspan.kernels.table import KERNELS
+
+    q, k, v = shards(rank, make=ringspan.empty_shared)
+    ringspan.ring_attention(q, k, v, causal=True)
+    tiles = []
+
+    def held(*args, absorb):
+        tiles.append(args)
+        if rank == 1 and len(tiles) == 2:
+            store().set("reading", "")
+            store().wait(["overwritten"])
+        absorb(*args)
+
+    for kernel in KERNELS:
+        kernel.enough_keys = 0  # or the small shards would be one call
+        kernel.absorb_runs = functools.partial(held, absorb=kernel.absorb_runs)
+    if rank == 2:
+        ringspan.ring_attention(q, k, v, causal=True)
+        store().wait(["reading"])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sleep = inbox.Inbox.sleep
+        inbox.Inbox.sleep = lambda *args: (os.kill(os.getpid(), signal.SIGINT), sleep(*args))[1]
+        with pytest.raises(KeyboardInterrupt):
+            ringspan.ring_attention(q, k, v, causal=True)
+        store().wait(["told"])
+        return None
+    try:
+        return ringspan.ring_attention(q, k, v, causal=True)
+    except ringspan.RankFailedError as error:
+        if rank == 0:
+            k.fill_(float("nan"))
+            v.fill_(float("nan"))
+            store().set("overwritten", "")
+            store().wait(["told"])
+        else:
+            store().set("told", "")
+        return str(error)
+
+
+def test_what_was_read_of_a_rank_that_gave_up_because_of_a_later_call_is_no_result():
+    for told in results(run_processes(give_up_and_overwrite, 3, group_timeout_s=20, limit_s=60))[:2]:
+        assert isinstance(told, str) and "rank 2 failed first: KeyboardInterrupt" in told, told
+
+
 def interrupt(rank, at=(inbox.Inbox, "sleep"), **refused):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ringspan.ring_attention(*shards(rank))
@@ -242,26 +290,31 @@ def test_a_failure_is_known_to_a_rank_whose_pipe_was_full():
     assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
 
 
-def leave_while_others_wait(rank):
-    group = dist.new_group([0, 1, 2])
+def leave_while_others_wait(rank, held_by):
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("data", "context"))["context"]
+    group = mesh.get_group() if held_by == "mesh" else dist.new_group([0, 1, 2])
     ringspan.ring_attention(*shards(rank), group=group)
+    board = store().clone()  # its own goes with the group, which here may be that of all
     if rank == 0:
-        store().wait(["waits/1", "waits/2"])
+        board.wait(["waits/1", "waits/2"])
         dist.destroy_process_group(group)
-        del group
-        gc.collect()
-        store().wait(["told/1", "told/2"])
+        if held_by != "variable":
+            del group
+            gc.collect()
+        board.wait(["told/1", "told/2"])
+        dist.destroy_process_group = lambda: None  # which `run_processes` would call
         return None
     sleep = inbox.Inbox.sleep
-    inbox.Inbox.sleep = lambda *args: (store().set(f"waits/{rank}", ""), sleep(*args))[1]
+    inbox.Inbox.sleep = lambda *args: (board.set(f"waits/{rank}", ""), sleep(*args))[1]
     with pytest.raises(ringspan.RankFailedError) as told:
         ringspan.ring_attention(*shards(rank), group=group)
-    store().set(f"told/{rank}", "")
+    board.set(f"told/{rank}", "")
     return str(told.value)
 
 
-def test_a_rank_that_destroys_the_group_is_not_waited_for():
-    _, *others = results(run_processes(leave_while_others_wait, 3, group_timeout_s=600, limit_s=60))
+@pytest.mark.parametrize("held_by", ["nobody", "variable", "mesh"])
+def test_a_rank_that_destroys_the_group_is_not_waited_for(held_by):
+    _, *others = results(run_processes(leave_while_others_wait, 3, held_by, group_timeout_s=600, limit_s=60))
     for told in others:  # one notices, and the other may hear of it from there
         assert "gave up waiting for rank 0 to begin call" in told and "the process group was destroyed there" in told
 
@@ -515,8 +568,37 @@ def test_small_calls_do_not_keep_the_memory_of_a_large_one():
     assert again.numel() == 4096
 
 
-def test_a_negated_view_is_not_read_as_it_lies():
+def test_lengths_that_change_from_call_to_call_do_not_pile_up():
+    pool, before = segments.Pool(), mappings()
+    for number, size in enumerate(range(2 * MIB, 4 * MIB, 256 << 10)):
+        memory = pool.take(size)
+        pool.give_back(memory, number)
+        pool.end_call(number)
+        del memory
+        assert mappings() - before <= 2, "that of this call, and one that is no larger"
+
+
+def grow(rank):
+    """Bytes of segments that are mapped here after each call, own and those of others, over those of a shard."""
+    found = []
+    for tokens in range(4000, 8000, 400):
+        q, k, v = shards(rank, tokens)
+        ringspan.ring_attention(q, k, v)
+        with open("/proc/self/maps") as lines:
+            ends = [line.split()[0].split("-") for line in lines if "memfd:ringspan" in line]
+        found.append(sum(int(end, 16) - int(begin, 16) for begin, end in ends) / (k.nbytes + v.nbytes))
+    return found
+
+
+def test_lengths_that_change_from_call_to_call_are_mapped_twice_at_most():
+    for found in results(run_processes(grow, 2)):
+        assert max(found) < 4.2, found  # one's own and the other rank's, each of this call and of the one before
+
+
+@pytest.mark.parametrize("flip", [lambda x: x.conj(), lambda x: x.conj().imag])
+def test_a_view_that_is_not_what_lies_in_memory_is_not_read_as_it_lies(flip):
     pairs = ringspan.empty_shared((4, 2))
-    negated = torch.view_as_complex(pairs).conj().imag
-    assert negated.is_neg() and segments.segment_of(negated) is None
+    flipped = flip(torch.view_as_complex(pairs))
+    assert flipped.is_neg() or flipped.is_conj()
+    assert segments.segment_of(flipped) is None
     assert segments.segment_of(pairs) is not None

@@ -6,7 +6,7 @@ from definition import bound_of_lse, bound_of_out, bounds_of_gradients, relative
 from processes import results, run_processes
 
 import ringspan
-from ringspan import run_local
+from ringspan import execute, run_local
 from ringspan.kernels.table import KERNELS
 from ringspan.problem import Mask
 from ringspan.state import state_dtype
@@ -111,6 +111,21 @@ def test_any_kernel_serves_them(kernel):
         pytest.skip(reason)
     tensors = whole(70)
     check([ring(tensors, SINKS, kernel=kernel)], tensors, SINKS, Mask(70, 70))
+
+
+def test_where_only_sinks_are_learned_the_ring_does_not_turn_again(monkeypatch):
+    monkeypatch.setattr(execute, "backward", None)  # what ran it would fail
+    tensors = whole(20)
+
+    def work(group):
+        q, k, v, do, dlse = (ringspan.shard(x, 2) for x in tensors)
+        sinks = SINKS.clone().requires_grad_()
+        out, lse = ringspan.ring_attention(q, k, v, sinks=sinks, return_lse=True)
+        ((out * do).sum() + (lse * dlse).sum()).backward()
+        return sinks.grad
+
+    found = sum(x.double() for x in run_local(work, 3))
+    torch.testing.assert_close(found, exact(tensors, SINKS, Mask(20, 20))["dsinks"], rtol=1e-5, atol=1e-5)
 
 
 def test_gradcheck_of_torch_passes():

@@ -310,3 +310,11 @@ def test_workers_of_unequal_length_and_different_replica_groups_are_told():
     run_local(bounded, 2, timeout=30)
     run_local(unequal, 2, timeout=30)
     run_local(regrouped, 4, timeout=30)
+
+
+def test_a_negated_view_counts_as_what_it_says():
+    numbers = torch.randn(1, 2, 16, 64, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    q, k = numbers.conj().imag, numbers.real
+    assert q.is_neg()
+    run = lambda q: run_local(lambda group: ring_attention_spmd_fwd(q, k, k.mT, tp_k=False), 1)[0]  # noqa: E731
+    assert torch.equal(run(q), run(q.resolve_neg()))

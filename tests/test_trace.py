@@ -10,7 +10,7 @@ import torch
 from processes import results, run_processes
 
 import ringspan
-from ringspan import observe
+from ringspan import observe, run_local
 from ringspan.layout import from_lengths
 from ringspan.problem import Mask
 from ringspan.schedule.ring import ring_schedule
@@ -58,7 +58,7 @@ def assert_every_rank_computes_every_shard(timed, named):
 
 def test_a_ring_of_threads_shows_its_steps_and_its_waits(tmp_path):
     file = tmp_path / "trace.json"
-    ringspan.run_local(traced_call, NUM_RANKS, file)
+    run_local(traced_call, NUM_RANKS, file)
     timed, named = events_of(file)
     assert_every_rank_computes_every_shard(timed, named)
     assert {event["name"] for event in timed if event["tid"] == 1} == {"hand out", "wait for a core", "wait"}
@@ -132,3 +132,16 @@ def test_what_has_arrived_before_its_posting_is_over_has_flown_for_no_time():
         clock.finish(schedule.steps[0], pending)
     (flight,) = records[0].flights
     assert flight.begin_ns == flight.end_ns == pending.arrived_ns and records[0].flight_s == 0
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work_on_every_rank(tmp_path):
+    q = torch.randn(1, 1, 4, 2)
+
+    def work(group):
+        refused = pytest.raises(ringspan.ArgumentError, match="the trace cannot be written")
+        with refused as told, ringspan.trace(tmp_path / "nowhere" / "trace.json"):
+            ringspan.ring_attention(q, q, q)
+        return isinstance(told.value, ringspan.PeerRefusedError)
+
+    assert run_local(work, 2, timeout=20) == [False, True]
+    assert not list(tmp_path.iterdir())

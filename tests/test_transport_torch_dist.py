@@ -1,9 +1,13 @@
 """The torch.distributed transport (gloo, processes): the behaviour suite, whole rings, groups within groups."""
 
+import functools
 import gc
 import os
+import select
+import socket
 import threading
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -13,7 +17,8 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS
 from whole import Case, check, ring
 
 import ringspan
-from ringspan.transport import torch_dist
+from ringspan.kernels.table import KERNELS
+from ringspan.transport import segments, torch_dist
 from ringspan.transport.process_group import transport_of
 
 
@@ -161,3 +166,69 @@ def many_calls(rank):
 
 def test_many_calls_leave_no_file_and_no_thread_behind():
     results(run_processes(many_calls, 3))
+
+
+class NamedGroup:
+    """What the bulletin of a group needs of it."""
+
+    group_name = "0"
+
+    def __init__(self, store, rank):
+        self.get_group_store, self.rank = lambda: store, lambda: rank
+
+
+def test_a_new_group_of_the_same_name_knows_nothing_of_the_failures_of_the_old_one():
+    store = dist.HashStore()
+    old = torch_dist._Bulletin(NamedGroup(store, 0))
+    old.report(0, "no room")
+    assert old.first_failure() == (0, "no room")
+    new = torch_dist._Bulletin(NamedGroup(store, 0))
+    assert new.first_failure() is None and old.first_failure() == (0, "no room")
+
+
+def settle(rank):
+    transport = transport_of(dist.group.WORLD).torch_dist
+    transport._bulletin.life += rank  # as if rank 1 had made calls on a group of that name before, and rank 0 none
+    transport.settle_life()
+    return transport._bulletin.life
+
+
+def test_ranks_agree_on_how_many_groups_had_the_name():
+    assert results(run_processes(settle, 2)) == [2, 2]
+
+
+def outlive_the_store(rank, port):
+    """Rank 0 hosts the store and is done first; the others go on with a call that it has no part in any more."""
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=timedelta(seconds=30))
+    segments.why_unsupported = lambda: "this test is of torch_dist"
+    q, k, v = (torch.randn(1, 1, 8, 4, generator=torch.Generator().manual_seed(rank)) for _ in range(3))
+    pids: list = [None] * 3
+    dist.all_gather_object(pids, os.getpid())
+    ringspan.ring_attention(q, k, v, causal=True)
+    if rank == 1:
+        host = os.pidfd_open(pids[0])
+        for kernel in KERNELS:
+            kernel.absorb_runs = functools.partial(wait_for_the_end_of, host, kernel.absorb_runs)
+    out = ringspan.ring_attention(q, k, v, causal=True)
+    if rank == 0:
+        os._exit(0)
+    dist.destroy_process_group = lambda: None  # what it would ask of the store cannot be had
+    return out
+
+
+def wait_for_the_end_of(process, absorb, *args):
+    assert select.select([process], [], [], 20)[0]
+    threading.Event().wait(5 * torch_dist._WATCH_S)  # so that rank 2, which waits for this one, looks for the store
+    absorb(*args)
+
+
+def test_a_rank_that_is_done_first_may_take_the_store_with_it():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _, *others = run_processes(outlive_the_store, 3, port, limit_s=60)
+    for ending in others:
+        assert ending.error is None, ending.trace
+        assert ending.value.shape == (1, 1, 8, 4)

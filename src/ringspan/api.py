@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from ringspan import call, reshard
 from ringspan.arguments import (
     check_alike,
-    check_no_tangents,
+    check_documents,
+    check_holds_numbers,
+    check_no_transforms,
     check_sinks,
     check_tensor,
     documents_tensor,
@@ -21,6 +24,7 @@ from ringspan.arguments import (
 from ringspan.autograd import attend, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
+from ringspan.transport.local import LocalGroup, current_group
 from ringspan.transport.table import check_transport, group_name, resolve
 
 
@@ -123,7 +127,9 @@ def ring_attention(
         if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
             check_alike(q, k, v)
         check_sinks(sinks, q)
-        check_no_tangents(q=q, k=k, v=v, sinks=sinks)
+        check_no_transforms(q=q, k=k, v=v, sinks=sinks)
+        if not torch.compiler.is_compiling():
+            check_holds_numbers(q=q, k=k, v=v)
         documents, ranges = documents_tensor(cu_seqlens), ranges_tensors(key_ranges)
         options = normalised_options(
             causal=causal,
@@ -169,17 +175,28 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
-def shard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
+def shard(
+    x: Tensor,
+    dim: int,
+    *,
+    layout: str = "contiguous",
+    group: Any = None,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+) -> Tensor:
     """This rank's shard of a full tensor: a copy of the tokens that `layout` gives it, along `dim`.
 
     contiguous: one run, the first n % P ranks hold one token more. striped: tokens r, r + P, r + 2P, ... zigzag:
     of 2P runs (the first n % 2P one longer) run r, then run 2P-1-r. No communication. Differentiable: the
     gradient with respect to the x of this rank is 0 outside of its shard.
+
+    rank, num_ranks: the place in a ring instead of a group, where there is none, as in a data loader's process.
     """
-    transport = resolve(group_name(group))
     dim = _checked_dim(x, dim)
-    ranges = split(layout, x.shape[dim], transport.size).ranges(transport.rank)
-    return reshard.take(x, dim, ranges)
+    if torch.compiler.is_compiling():
+        return reshard.shard_in_graph(x, dim, layout, *_graph_place(group, rank, num_ranks))
+    rank, num_ranks = _place(group, rank, num_ranks)
+    return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks).ranges(rank))
 
 
 def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
@@ -198,16 +215,28 @@ def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = Non
     return reshard.unshard(x, dim, layout, name)
 
 
-def positions(num_tokens: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
-    """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local])."""
-    if isinstance(num_tokens, bool) or not isinstance(num_tokens, int):
-        raise ArgumentTypeError(explain("num_tokens must be an integer.", got=repr(num_tokens)))
-    if num_tokens < 0:
-        raise ArgumentError(explain("num_tokens must be at least 0.", got=str(num_tokens)))
-    transport = resolve(group_name(group))
-    ranges = split(layout, num_tokens, transport.size).ranges(transport.rank)
-    parts = [torch.arange(piece.start, piece.stop, piece.step) for piece in ranges]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+def positions(
+    num_tokens: int,
+    *,
+    layout: str = "contiguous",
+    group: Any = None,
+    rank: int | None = None,
+    num_ranks: int | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local]).
+
+    rank, num_ranks: as in `shard`. cu_seqlens: as in `ring_attention`: count from the start of each document, as the
+    position embeddings of packed documents do.
+    """
+    return shard(
+        _from_document_starts(_index("num_tokens", num_tokens, at_least=0), cu_seqlens),
+        0,
+        layout=layout,
+        group=group,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,11 +257,60 @@ def _gradients(**tensors: Tensor | None) -> str:
     return ",".join(name for name, x in tensors.items() if x is not None and x.requires_grad)
 
 
+def _place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[int, int]:
+    """(rank, number of ranks): as given, or of the group."""
+    if rank is None and num_ranks is None:
+        transport = resolve(group_name(group))
+        return transport.rank, transport.size
+    if rank is None or num_ranks is None or group is not None:
+        got = f"group={group!r}, rank={rank!r}, num_ranks={num_ranks!r}"
+        raise ArgumentError(explain("a place is a group, or rank and num_ranks.", got=got))
+    num_ranks = _index("num_ranks", num_ranks, at_least=1)
+    rank = _index("rank", rank, at_least=0)
+    if rank >= num_ranks:
+        raise ArgumentError(explain("rank must be less than num_ranks.", got=f"rank {rank} of {num_ranks}"))
+    return rank, num_ranks
+
+
+def _graph_place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[str, int, int]:
+    """The same for a graph: the name of a group, or a place."""
+    if rank is None and num_ranks is None:
+        worker = current_group() if group is None else group
+        if isinstance(worker, LocalGroup):  # one graph may serve all workers, if it is not guarded by their rank
+            return "", worker.rank(), worker.size()
+        return group_name(group), -1, -1
+    return "", *_place(group, rank, num_ranks)
+
+
+def _from_document_starts(num_tokens: int, cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
+    where = torch.arange(num_tokens)
+    documents = documents_tensor(cu_seqlens)
+    if documents is None:
+        return where
+    if not torch.compiler.is_compiling():
+        check_documents(tuple(documents.tolist()))
+        if documents[-1] != num_tokens:
+            got = f"it ends at {int(documents[-1])}, num_tokens is {num_tokens}"
+            raise ArgumentError(explain("cu_seqlens must end at num_tokens.", got=got))
+    return where - documents[torch.searchsorted(documents, where, right=True) - 1]
+
+
+def _index(name: str, value: Any, at_least: int) -> int:
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise ArgumentTypeError(explain(f"{name} must be an integer.", got=repr(value)))
+    if found < at_least:
+        raise ArgumentError(explain(f"{name} must be at least {at_least}.", got=str(found)))
+    return found
+
+
 def _checked_dim(x: Tensor, dim: int) -> int:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain("x must be a torch.Tensor.", got=str(type(x))))
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise ArgumentTypeError(explain("dim must be an integer.", got=repr(dim)))
-    if not -x.ndim <= dim < x.ndim:
+    dim = _index("dim", dim, at_least=-x.ndim)
+    if dim >= x.ndim:
         raise ArgumentError(explain(f"dim must be one of x's {x.ndim} dimensions.", got=str(dim)))
     return dim % x.ndim

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
@@ -21,6 +23,7 @@ from ringspan.layout import check_name
 from ringspan.problem import UNBOUNDED, KeyRanges
 
 _LARGEST_INT = 1 << 62
+_LARGEST_SCALE = torch.finfo(torch.float32).max / 1.5  # kernels multiply by scale * log2(e) in float32
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint32, torch.uint16, torch.uint8)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -82,11 +85,7 @@ def check_tensor(name: str, x: Tensor) -> None:
     """What can be seen of one tensor [B, H, T, D] by itself, also while a graph is traced."""
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
-    # By name: importing torch.distributed.tensor takes half a second.
-    if type(x).__name__ == "DTensor":
-        raise ArgumentTypeError(
-            explain(f"{name} must be this rank's own shard.", got="a DTensor", fix=f"pass {name}.to_local()")
-        )
+    _check_local(name, x)
     if x.dtype not in DTYPES:
         known = ", ".join(map(str, DTYPES))
         raise ArgumentTypeError(explain(f"{name} has an unsupported dtype.", got=str(x.dtype), fix=f"one of {known}"))
@@ -101,10 +100,27 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
 
 
+def _check_local(name: str, x: Any) -> None:
+    # By name: importing torch.distributed.tensor takes half a second.
+    if type(x).__name__ == "DTensor":
+        raise ArgumentTypeError(
+            explain(f"{name} must be a tensor of this rank's own.", got="a DTensor", fix=f"pass {name}.to_local()")
+        )
+
+
+def check_holds_numbers(**tensors: Tensor) -> None:
+    """Refuse meta tensors, of which torch would make up a result without a word to the other ranks."""
+    for name, x in tensors.items():
+        if x.device.type == "meta":
+            fix = "load it first; torch's FakeTensorMode tells shapes alone"
+            raise ArgumentTypeError(explain(f"{name} must hold numbers.", got="a tensor on the meta device", fix=fix))
+
+
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Refuse sinks unless they are a number a query head, on q's device."""
     if sinks is None:
         return
+    _check_local("sinks", sinks)
     if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES or sinks.layout != torch.strided:
         got = f"{sinks.dtype}, {sinks.layout}" if isinstance(sinks, Tensor) else str(type(sinks))
         fix = f"a dense tensor of shape [{q.shape[1]}]"
@@ -123,15 +139,25 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         )
 
 
-def check_no_tangents(**tensors: Tensor | None) -> None:
-    """Refuse forward-mode differentiation: torch would go on with a derivative of 0."""
+def check_no_transforms(**tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, where torch would go on with a derivative of 0, and torch.func."""
     for name, x in tensors.items():
-        if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+        if x is None:
+            continue
+        if forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError(
                 explain(
                     "ring_attention has no forward-mode derivative.",
                     got=f"{name} carries a tangent (torch.func.jvp, jacfwd or torch.autograd.forward_ad)",
                     fix="reverse mode: backward() or torch.autograd.grad",
+                )
+            )
+        if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
+            raise UnsupportedError(
+                explain(
+                    "ring_attention does not go through the transforms of torch.func.",
+                    got=f"{name} inside of grad, vjp, vmap or another",
+                    fix="backward() or torch.autograd.grad; instead of vmap, the batch dimension",
                 )
             )
 
@@ -167,7 +193,7 @@ def normalised_options(
     """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""
     check_name(layout)
     if not isinstance(causal, bool):
-        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal)))
+        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal), fix="bool(...)"))
     if not isinstance(agreement, bool):
         raise ArgumentTypeError(explain("agreement must be a bool.", got=repr(agreement)))
     left, right = _window(window_size)
@@ -200,7 +226,10 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
         ) from None
     for side in (left, right):
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
-            raise ArgumentTypeError(explain("window_size must be two integers (left, right).", got=repr(window_size)))
+            fix = "int(...) of each"
+            raise ArgumentTypeError(
+                explain("window_size must be two integers (left, right).", got=repr(window_size), fix=fix)
+            )
         if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
                 explain(
@@ -214,10 +243,11 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
 
 def _finite(softmax_scale: float) -> float:
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, np.integer, np.floating)):
-        raise ArgumentTypeError(explain("softmax_scale must be a number.", got=repr(softmax_scale)))
-    # Kernels scale in float32, where what is larger is infinite.
-    if not abs(softmax_scale) <= torch.finfo(torch.float32).max:
-        raise ArgumentError(explain("softmax_scale must be finite (in float32).", got=repr(softmax_scale)[:80]))
+        got = f"{type(softmax_scale).__name__} {softmax_scale!r}"[:200]
+        raise ArgumentTypeError(explain("softmax_scale must be a number.", got=got, fix="float(...)"))
+    if not abs(softmax_scale) <= _LARGEST_SCALE:
+        fix = f"at most {_LARGEST_SCALE:.1e}: kernels scale in float32"
+        raise ArgumentError(explain("softmax_scale must be finite in float32.", got=repr(softmax_scale)[:80], fix=fix))
     return float(softmax_scale)
 
 
@@ -225,6 +255,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
     """cu_seqlens as an int64 tensor on the CPU; its values are checked by `check_documents`."""
     if cu_seqlens is None:
         return None
+    _check_local("cu_seqlens", cu_seqlens)
     if not isinstance(cu_seqlens, Tensor):
         return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64, device="cpu")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
@@ -242,13 +273,16 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     """key_ranges, one or several, as int64 tensors on the CPU; whether they fit is for those to check who know."""
     if key_ranges is None:
         return []
+    _check_local("key_ranges", key_ranges)
     parts = [key_ranges] if isinstance(key_ranges, Tensor) else key_ranges
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Tensor) for part in parts):
         got = repr(key_ranges)[:200] if isinstance(parts, (list, tuple)) else str(type(key_ranges))
-        raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got))
+        fix = "torch.tensor(...) of shape [T, 2] or [batch, T, 2], or several of these"
+        raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got, fix=fix))
     for part in parts:
+        _check_local("key_ranges", part)
         if part.dtype not in _INTEGERS:
-            fix = f"one of {', '.join(map(str, _INTEGERS))}"
+            fix = f"(start, stop) of the keys of each query, as one of {', '.join(map(str, _INTEGERS))}"
             raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype), fix=fix))
         _check_dense("key_ranges", part)
         if part.ndim not in (2, 3) or part.shape[-1] != 2 or part.shape != parts[0].shape:
@@ -264,9 +298,10 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
 
 def _check_dense(name: str, x: Tensor) -> None:
     """Refuse a mask whose numbers cannot be looked at."""
-    if x.layout != torch.strided or x.is_nested or x.is_meta:
-        got = "a nested tensor" if x.is_nested else f"{x.layout} on {x.device}"
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else str(x.layout)
         raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="use .to_dense()"))
+    check_holds_numbers(**{name: x})
 
 
 def check_ranges(key_ranges: tuple[KeyRanges, ...] | None, q: Tensor) -> None:

@@ -28,9 +28,9 @@ def kind_of(**named: Any) -> Kind:
 
 
 def to_torch(name: str, x: Any) -> Tensor:
-    """x as a tensor that shares its memory (read-only, unaligned and reversed NumPy arrays are copied)."""
+    """x as a tensor that shares its memory (copied: read-only, unaligned and reversed NumPy arrays, negated views)."""
     if isinstance(x, Tensor):
-        return x
+        return x.resolve_neg()  # kernels read memory as it lies
     if not isinstance(x, np.ndarray):
         raise ArgumentTypeError(explain(f"{name} must be a torch tensor or a NumPy array.", got=str(type(x))))
     if not (x.flags.writeable and x.flags.aligned) or any(stride < 0 for stride in x.strides):

@@ -7,6 +7,7 @@ ranks must reach, a rank on which torch.compile drops an unused output leaves th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ringspan import call, errors
 from ringspan.arguments import Options
+from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.problem import KeyRanges
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
@@ -83,6 +85,13 @@ def _(d_out, d_lse, q, k, v, out, lse, *options):
     return dq, dk, dv
 
 
+def _refuse_second_derivative(ctx, *_):
+    raise UnsupportedError("ring_attention is differentiable once: its second derivative is not computed.")
+
+
+attend_backward.register_autograd(_refuse_second_derivative)
+
+
 @torch.library.custom_op("ringspan::refuse", mutates_args=())
 def refuse_later(q: Tensor, value_dim: int, kind: str, message: str, group: str) -> tuple[Tensor, Tensor]:
     """What a graph holds of a call that was refused while it was traced: the other ranks hear of it when it runs."""
@@ -92,6 +101,10 @@ def refuse_later(q: Tensor, value_dim: int, kind: str, message: str, group: str)
 @refuse_later.register_fake
 def _(q, value_dim, kind, message, group):
     return q.new_empty((*q.shape[:-1], value_dim)), q.new_empty(q.shape[:3])
+
+
+# A graph that is differentiated needs a formula, though it never comes to use.
+refuse_later.register_autograd(lambda ctx, *_: (None,) * 5)
 
 
 def _options(
@@ -117,10 +130,20 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    q, k, v, out, lse, sinks, cu_seqlens, *key_ranges = ctx.saved_tensors
-    if d_out is None:
-        d_out = torch.zeros_like(out)
-    grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, key_ranges, *ctx.options)
+    group, *_, agreement, gradients = ctx.options
+    try:
+        q, k, v, out, lse, sinks, cu_seqlens, *key_ranges = ctx.saved_tensors
+        if d_out is None:
+            d_out = torch.zeros_like(out)
+    except Exception as error:  # a tensor was changed in place here, say: the other ranks must hear of it
+        if agreement and gradients != "sinks":
+            with contextlib.suppress(RingspanError):
+                call.refuse(resolve(group), error)
+        raise
+    if gradients == "sinks":  # of nothing else, on any rank; and a sink's gradient is of this rank's rows
+        grads = None, None, None
+    else:
+        grads = attend_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, key_ranges, *ctx.options)
     d_sinks = _of_sinks(sinks, out, lse, d_out, d_lse) if ctx.needs_input_grad[3] else None
     return (*grads, d_sinks, None, [None] * len(key_ranges), *(None for _ in ctx.options))
 

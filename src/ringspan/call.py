@@ -133,12 +133,12 @@ def begin(
     While a CUDA graph is captured nothing can be exchanged: what was agreed on in a call before holds.
     """
     terms: Terms | RingspanError
-    try:
-        terms = check()
-    except Exception as error:  # whatever it is, the others must hear of it now and not wait
-        terms = _refusal(error)
     members = ring.members(transport)
     with _interruption_told(transport):
+        try:
+            terms = check()
+        except Exception as error:  # whatever it is, the others must hear of it now and not wait
+            terms = _refusal(error)
         call = transport.begin_call()
         agreed = _agreed(transport, call, terms, agreement, ring)
         assert isinstance(terms, Terms)  # a refusal was raised by the agreement
@@ -247,7 +247,8 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
     if num_queries != num_keys and (options.layout != "contiguous" or mask.compares_positions):
         what, fix = f"layout={options.layout!r}", 'layout="contiguous"'
         if mask.compares_positions:
-            what, fix = "causal, window_size and cu_seqlens", "no mask, or key_ranges alone"
+            what = "causal, window_size and cu_seqlens"
+            fix = "no mask, or key_ranges alone, which say who sees what (docs/masks.md: later queries)"
         raise LayoutError(
             explain(
                 f"{what} cannot be used with cross attention of unequal lengths.",
@@ -304,7 +305,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "softmax_scale": options.scale,
         "kernel": options.kernel,
         "transport": options.transport,
-        "which of q, k, v and sinks require grad": options.gradients,
+        "which of q, k, v and sinks require grad": options.gradients or "none",
         **ring.common_terms(q.shape[2]),
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))

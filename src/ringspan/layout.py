@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ringspan.errors import ArgumentError, LayoutError, explain
 
@@ -87,6 +87,15 @@ def from_lengths(name: str, lengths: tuple[int, ...]) -> Layout:
     return Layout(name, lengths)
 
 
+def shard_length(name: str, num_tokens: int, rank: int, num_ranks: int) -> int:
+    """The length of one shard by the layout's own rule; num_tokens may be symbolic."""
+    if name == "zigzag":
+        pieces = 2 * num_ranks
+        return _piece_length(num_tokens, pieces, rank) + _piece_length(num_tokens, pieces, pieces - 1 - rank)
+    # Contiguous and striped agree: the first num_tokens % num_ranks ranks hold one more.
+    return _piece_length(num_tokens, num_ranks, rank)
+
+
 def check_name(name: str) -> None:
     if name not in LAYOUTS:
         raise ArgumentError(
@@ -95,19 +104,18 @@ def check_name(name: str) -> None:
 
 
 def _lengths_by_rule(name: str, num_tokens: int, num_ranks: int) -> tuple[int, ...]:
-    if name == "zigzag":
-        chunks = _cut(num_tokens, 2 * num_ranks)
-        return tuple(len(chunks[r]) + len(chunks[-1 - r]) for r in range(num_ranks))
-    # Contiguous and striped agree: the first num_tokens % num_ranks ranks hold one more.
-    return tuple(len(piece) for piece in _cut(num_tokens, num_ranks))
+    return tuple(shard_length(name, num_tokens, rank, num_ranks) for rank in range(num_ranks))
 
 
 @lru_cache(maxsize=256)
 def _cut(num_tokens: int, num_pieces: int) -> tuple[range, ...]:
     """num_pieces consecutive runs; the first num_tokens % num_pieces of them one longer."""
-    size, longer = divmod(num_tokens, num_pieces)
-    stops = accumulate(size + (index < longer) for index in range(num_pieces))
-    return tuple(range(stop - size - (index < longer), stop) for index, stop in enumerate(stops))
+    stops = accumulate((_piece_length(num_tokens, num_pieces, index) for index in range(num_pieces)), initial=0)
+    return tuple(range(start, stop) for start, stop in pairwise(stops))
+
+
+def _piece_length(num_tokens: int, num_pieces: int, index: int) -> int:
+    return (num_tokens + num_pieces - 1 - index) // num_pieces
 
 
 def _joined(first: range, second: range) -> tuple[range, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ringspan.agreement import CALL, Terms
 from ringspan.call import begin, running
 from ringspan.errors import UnsupportedError
-from ringspan.layout import Layout, from_lengths
+from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Parcel, Spec
 from ringspan.transport.table import resolve
@@ -24,6 +24,52 @@ def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
     return torch.cat(parts, dim) if len(parts) > 1 else parts[0].clone(memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("ringspan::shard", mutates_args=())
+def shard_in_graph(x: Tensor, dim: int, layout: str, group: str, rank: int, num_ranks: int) -> Tensor:
+    """`take` of a rank's shard as one node of a graph. The place: that in the group of that name, or as given."""
+    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
+    return take(x, dim, split(layout, x.shape[dim], num_ranks).ranges(rank))
+
+
+@shard_in_graph.register_fake
+def _(x, dim, layout, group, rank, num_ranks):
+    check_name(layout)
+    length = shard_length(layout, x.shape[dim], *_place_in_graph(group, rank, num_ranks))
+    return x.new_empty((*x.shape[:dim], length, *x.shape[dim + 1 :]))
+
+
+@torch.library.custom_op("ringspan::shard_backward", mutates_args=())
+def _spread(d: Tensor, dim: int, layout: str, group: str, rank: int, num_ranks: int, num_tokens: int) -> Tensor:
+    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
+    full = d.new_zeros((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
+    _put(full, dim, split(layout, num_tokens, num_ranks).ranges(rank), d)
+    return full
+
+
+@_spread.register_fake
+def _(d, dim, layout, group, rank, num_ranks, num_tokens):
+    return d.new_empty((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
+
+
+def _place_in_graph(group: str, rank: int, num_ranks: int) -> tuple[int, int]:
+    if not group:
+        return rank, num_ranks
+    transport = resolve(group)
+    return transport.rank, transport.size
+
+
+def _keep_place(ctx, inputs, output) -> None:
+    x, dim, *place = inputs
+    ctx.place = (dim, *place, x.shape[dim])
+
+
+shard_in_graph.register_autograd(lambda ctx, d: (_spread(d, *ctx.place), *[None] * 5), setup_context=_keep_place)
+_spread.register_autograd(
+    lambda ctx, d: (shard_in_graph(d, *ctx.place), *[None] * 6),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "place", inputs[1:6]),
+)
+
+
 def unshard(x: Tensor, dim: int, layout: str, group: str) -> Tensor:
     full = _Unshard.apply(x, dim, layout, group, torch.is_grad_enabled() and x.requires_grad)
     assert isinstance(full, Tensor)
@@ -34,14 +80,13 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, layout: str, group: str, differentiated: bool) -> Tensor:
         channel, agreed, transport = _begin("unshard", x, x.shape[dim], dim, layout, group, differentiated)
-        places = from_lengths(layout, agreed.query_lengths)
         ctx.arguments = (dim, layout, group, x.shape[dim])
-        shape = list(x.shape)
-        shape[dim] = places.num_tokens
-        full = x.new_empty(shape)
         with running(transport):
+            places = from_lengths(layout, agreed.query_lengths)
+            full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
             _put(full, dim, places.ranges(channel.rank), x)
-            for peer, arrived in _swap_with_each(channel, lambda _: x, lambda peer: _like(x, dim, places, peer)):
+            mine = Parcel((x,))  # one for all, since shared memory holds a copy of each until `close`
+            for peer, arrived in _swap_with_each(channel, lambda _: mine, lambda peer: _like(x, dim, places, peer)):
                 _put(full, dim, places.ranges(peer), arrived)
             channel.close()
         return full
@@ -57,13 +102,13 @@ class _Summed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, d_full: Tensor, dim: int, layout: str, group: str, length: int) -> Tensor:
         channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group, True)
-        places = from_lengths(layout, agreed.query_lengths)
         with running(transport):
+            places = from_lengths(layout, agreed.query_lengths)
             mine = take(d_full, dim, places.ranges(channel.rank))
             total = mine.to(state_dtype(mine.dtype)) if mine.is_floating_point() else mine
             slices = _swap_with_each(
                 channel,
-                lambda peer: take(d_full, dim, places.ranges(peer)),
+                lambda peer: Parcel((take(d_full, dim, places.ranges(peer)),)),
                 lambda _: _like(mine, dim, places, channel.rank),
             )
             for _, arrived in slices:
@@ -91,10 +136,10 @@ def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str,
 
 
 def _swap_with_each(channel: Channel, outgoing, expected) -> Iterator[tuple[int, Tensor]]:
-    """Swap a tensor with one rank after the other; at most one is in flight. expected: a Spec, by peer."""
+    """Swap a tensor with one rank after the other. outgoing: a Parcel, expected: a Spec, by peer."""
     for distance in range(1, channel.size):
         to, source = (channel.rank + distance) % channel.size, (channel.rank - distance) % channel.size
-        pending = channel.post(distance, 0, [(to, Parcel((outgoing(to),)))], [(source, expected(source))])
+        pending = channel.post(distance, 0, [(to, outgoing(to))], [(source, expected(source))])
         (parcel,) = pending.wait()
         yield source, parcel.tensors[0]
         channel.release(parcel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ringspan import observe, reshard
+from ringspan import call, observe, reshard
+from ringspan.errors import ArgumentError, explain
 from ringspan.transport.table import group_name, resolve
 
 _COMPUTING, _TRANSFERS = 0, 1  # rows of a rank
@@ -33,17 +35,34 @@ def trace(file: str | os.PathLike[str], *, group: Any = None) -> Iterator[None]:
         group: as in `ring_attention`.
 
     Raises:
-        OSError: on rank 0, where the file cannot be written.
+        ArgumentError: on rank 0, where the file cannot be written; PeerRefusedError from the next call of the others.
         RankFailedError: another rank did not leave its block.
     """
     name = group_name(group)
     rank = resolve(name).rank
+    if rank == 0:
+        try:
+            check_writable(Path(file))
+        except OSError as error:
+            got, fix = f"{file}: {error.strerror}", "a file in a folder that you may write to"
+            call.refuse(resolve(name), ArgumentError(explain("the trace cannot be written.", got=got, fix=fix)))
     events = _rows_of(rank)
     with observe.steps(lambda record: events.extend(_events(rank, record))):
         yield
     everyone = _gathered(name, [{"host": platform.node(), "ahead_ns": _wall_clock_ahead_ns()}, *events])
     if rank == 0:
         Path(file).write_text(json.dumps({"traceEvents": _on_one_clock(everyone), "displayTimeUnit": "ms"}))
+
+
+def check_writable(file: Path) -> None:
+    """Raise OSError unless the file can be written; leaves everything as it was."""
+    if file.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    was_there = file.exists()
+    with file.open("ab"):
+        pass
+    if not was_there:
+        file.unlink()
 
 
 def _rows_of(rank: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from ringspan.problem import UNBOUNDED, Mask, Problem
 from ringspan.schedule.contract import Travels
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
+from ringspan.trace import check_writable
 
 
 @dataclass(frozen=True)
@@ -117,12 +119,8 @@ def _try_to_write(job: Job, option: str, path: Path, first: Path) -> None:
         if isinstance(job.source, FileSource) and path.exists() and path.samefile(job.source.path):
             raise ArgumentError(explain(f"{option} is INPUT itself.", got=str(path), fix="another name"))
         if path.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        was_there = first.exists()
-        with first.open("ab"):
-            pass
-        if not was_there:
-            first.unlink()
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        check_writable(first)
     except OSError as error:
         raise unwritable(option, path, error) from None
 

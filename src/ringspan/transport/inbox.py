@@ -8,10 +8,12 @@ together with the pipe. Only a rank's last words lie in shared memory too, as a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import select
+import stat
 import struct
 import zlib
 from collections.abc import Iterable
@@ -137,6 +139,9 @@ class Link:
         except OSError:
             os.close(self.pidfd)
             raise
+        if not stat.S_ISFIFO(os.fstat(self.pipe).st_mode):
+            self.close()
+            raise OSError(errno.ESTALE, "what was announced as a pipe is none")
 
     def send(self, record: Record) -> bool:
         """Whether there was room."""

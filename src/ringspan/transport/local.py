@@ -11,14 +11,23 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ringspan.errors import ArgumentError, RankFailedError, RingspanError, UnsupportedError, WorkerError, explain
+from ringspan.errors import (
+    ArgumentError,
+    PeerRefusedError,
+    RankFailedError,
+    RingspanError,
+    UnsupportedError,
+    WorkerError,
+    explain,
+)
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
 from ringspan.transport.streams import Streams, streams_in_use, streams_of, threads_are_not_captured
 
@@ -83,7 +92,8 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
     inference mode and autocast of the caller hold in the workers. torch's threads are shared out over the workers while
     they run. `timeout` bounds every wait of one worker for another, in seconds (default 1800). Where CUDA is in use,
     each worker runs on a stream of its own of the caller's current device, after what the caller has launched; what
-    the caller launches next comes after them. Backward runs in the worker's own thread on every device.
+    the caller launches next comes after them. Backward runs in the worker's own thread on every device. Workers
+    share torch's random number generator: make what all of them need before, or give each a torch.Generator.
 
     If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
     ringspan with its type and the rank added, any other exception as WorkerError raised from it.
@@ -117,12 +127,12 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         for group in groups
     ]
     with _thread_shares.shared_by(num_workers):
-        for thread in threads:
-            thread.start()
         try:
             for thread in threads:
+                thread.start()
+            for thread in threads:
                 thread.join()
-        except BaseException as error:  # Ctrl-C in the caller: release the workers before leaving
+        except BaseException as error:  # Ctrl-C in the caller, or no more threads: release the workers before leaving
             board.fail(None, error)
             raise
     for end in ends:
@@ -229,9 +239,10 @@ class _Board:
         self.lock = threading.Lock()
 
     def fail(self, rank: int | None, error: BaseException) -> None:
-        """Record the first failure and wake whoever waits."""
+        """Record the first failure and wake whoever waits. A refusal comes before those that only tell of it."""
         with self.lock:
-            if self.failure is None:
+            only_told = self.failure is not None and isinstance(self.failure[1], PeerRefusedError)
+            if self.failure is None or (only_told and not isinstance(error, (PeerRefusedError, RankFailedError))):
                 self.failure = (rank, error)
         for box in self.boxes:
             with box.changed:
@@ -288,6 +299,7 @@ class _Mailbox:
         self.changed = threading.Condition()
         self.parcels: dict[tuple, Parcel] = {}
         self.num_readers: dict[int, int] = {}  # by call
+        self.readers: dict[int, Counter] = {}  # the same, by reader
         self.read: dict[int, list] = {}  # by call: after what on the readers' streams its tensors have been read
 
 
@@ -339,8 +351,12 @@ class LocalTransport(Transport):
 
 
 def _missing(meeting: _Rendezvous) -> str:
-    absent = [str(rank) for rank, message in enumerate(meeting.messages) if message is None]
-    return f"rank{'s' if len(absent) > 1 else ''} {', '.join(absent)}"
+    return _named(rank for rank, message in enumerate(meeting.messages) if message is None)
+
+
+def _named(ranks: Iterable[int]) -> str:
+    names = [str(rank) for rank in ranks]
+    return f"rank{'s' if len(names) > 1 else ''} {', '.join(names)}"
 
 
 class _LocalChannel(Channel):
@@ -380,7 +396,7 @@ class _LocalChannel(Channel):
         box = self._board.boxes[self._group_rank]
         for parcel, peers in _by_parcel(sends):
             owner = self.rank if parcel.owner is None else parcel.owner
-            self._count_readers(owner, len(peers))  # before any of them can release it
+            self._count_readers(owner, peers, 1)  # before any of them can release it
             keys = [(self._call, self._members[peer], index, lane) for peer in peers]
             with box.changed:
                 box.parcels.update(dict.fromkeys(keys, Parcel(parcel.tensors, owner, ready)))
@@ -401,14 +417,17 @@ class _LocalChannel(Channel):
 
     def release(self, parcel: Parcel) -> None:
         if parcel.owner is not None:
-            self._count_readers(parcel.owner, -1, self._streams.mark())
+            self._count_readers(parcel.owner, [self.rank], -1, self._streams.mark())
 
-    def _count_readers(self, owner: int, change: int, read: Any = None) -> None:
+    def _count_readers(self, owner: int, readers: Sequence[int], change: int, read: Any = None) -> None:
         box = self._board.boxes[self._members[owner]]
         with box.changed:
             if read is not None:  # before the count, which `close` looks at without the lock
                 box.read.setdefault(self._call, []).append(read)
-            left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change
+            counts = box.readers.setdefault(self._call, Counter())
+            for reader in readers:
+                counts[self._members[reader]] += change
+            left = box.num_readers[self._call] = box.num_readers.get(self._call, 0) + change * len(readers)
             if left == 0:  # what the owner waits for in `close`; waking it for every reader costs all of them
                 box.changed.notify_all()
 
@@ -419,11 +438,15 @@ class _LocalChannel(Channel):
         self._wait(
             box,
             lambda: not box.num_readers.get(self._call),
-            lambda: f"the readers of rank {self._group_rank}'s tensors in call {self._call}",
+            lambda: f"{self._still_reading(box)} to read rank {self._group_rank}'s tensors in call {self._call}",
         )
         box.num_readers.pop(self._call, None)
+        box.readers.pop(self._call, None)
         for read in box.read.pop(self._call, ()):
             self._streams.follow(read)
+
+    def _still_reading(self, box: _Mailbox) -> str:
+        return _named(rank for rank, count in sorted(box.readers[self._call].items()) if count)
 
     def _wait(self, box: _Mailbox, ready: Callable[[], bool], waiting_for: Callable[[], str]) -> None:
         if ready():

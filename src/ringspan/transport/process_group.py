@@ -48,12 +48,17 @@ class ProcessGroupTransport(Transport):
 
     def begin_call(self) -> int:
         if not self._tried:
+            self.torch_dist.settle_life()
             found = connect(self.torch_dist, self.torch_dist.timeout_s)
             self._tried = True
             if isinstance(found, str):
                 self.why_not_shared = found
             else:
                 self.shared_memory, self.why_not_shared = found, None
+                # torch holds this object as long as the group is not destroyed, and a DeviceMesh the group for ever.
+                _, store = dist.distributed_c10d._world.pg_map.get(self.torch_dist.group, (None, None))
+                if store is not None:
+                    found.leave_with(store)
         return self._best.begin_call()
 
     def agree(self, call: int, message: bytes) -> list[bytes]:

@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ringspan.errors import ArgumentError, SharedMemoryFullError, UnsupportedError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, SharedMemoryFullError, UnsupportedError, explain
 from ringspan.transport.contract import Spec
 
 _CALLS_KEPT = 8  # a segment or mapping that so many calls of a group did not use is let go
@@ -46,7 +47,7 @@ _segments: weakref.WeakValueDictionary[int, Segment] = weakref.WeakValueDictiona
 
 def segment_of(x: Tensor) -> Segment | None:
     """The segment of this process in which the tensor lies, as it looks to whoever reads it there."""
-    return None if x.is_neg() else _segments.get(x.untyped_storage().data_ptr())
+    return None if x.is_neg() or x.is_conj() else _segments.get(x.untyped_storage().data_ptr())
 
 
 def why_unsupported() -> str | None:
@@ -147,14 +148,16 @@ def empty_shared(shape: Sequence[int], *, dtype: torch.dtype = torch.float32) ->
     host reads them; any others are copied once a call. The memory is freed with the tensor, at the latest 8 calls
     of a group that read it later.
 
-    Raises ArgumentError for a shape that is none, UnsupportedError where the system has no such memory, and
-    SharedMemoryFullError (a MemoryError) where the memory is full.
+    Raises ArgumentError for a shape that is none, ArgumentTypeError for a dtype that is none, UnsupportedError where
+    the system has no such memory, and SharedMemoryFullError (a MemoryError) where the memory is full.
     """
     if (reason := why_unsupported()) is not None:
         raise UnsupportedError(explain("there is no shared memory here.", got=reason, fix="use torch.empty"))
     sizes = tuple(shape) if isinstance(shape, Sequence) else (None,)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
         raise ArgumentError(explain("shape must be a sequence of integers of at least 0.", got=repr(shape)))
+    if not isinstance(dtype, torch.dtype):
+        raise ArgumentTypeError(explain("dtype must be a torch.dtype.", got=repr(dtype), fix="torch.bfloat16, say"))
     num_bytes = math.prod(sizes) * dtype.itemsize
     return create(num_bytes)[:num_bytes].view(dtype).view(sizes)
 
@@ -205,6 +208,7 @@ class Pool:
 
     def __init__(self) -> None:
         self._free: list[tuple[Tensor, int]] = []  # with the call that used it last
+        self._idle = _Idle()
 
     def take(self, num_bytes: int) -> Tensor:
         """Memory of at least num_bytes that nobody reads; what it holds is undefined.
@@ -221,20 +225,48 @@ class Pool:
         self._free.append((memory, call))
 
     def end_call(self, call: int) -> None:
-        self._free = [held for held in self._free if held[1] > call - _CALLS_KEPT]
+        self._free = self._idle.kept(self._free, call)
 
 
 class Mappings:
     """What this rank has mapped of its peers' segments, kept from call to call."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[int, int], tuple[Tensor, int]] = {}  # by pid and serial; with the last call
+        self._held: dict[int, dict[int, tuple[Tensor, int]]] = {}  # by pid, by serial; with the last call
+        self._idle: dict[int, _Idle] = {}  # by pid
 
     def memory(self, pid: int, lies: Whereabouts, call: int) -> Tensor:
-        held = self._held.get((pid, lies.serial))
+        of_peer = self._held.setdefault(pid, {})
+        held = of_peer.get(lies.serial)
         memory = held[0] if held else open_peer(pid, lies.fd, lies.size, lies.serial)
-        self._held[pid, lies.serial] = memory, call
+        of_peer[lies.serial] = memory, call
         return memory
 
     def end_call(self, call: int) -> None:
-        self._held = {key: held for key, held in self._held.items() if held[1] > call - _CALLS_KEPT}
+        for pid, of_peer in self._held.items():
+            kept = self._idle.setdefault(pid, _Idle()).kept(list(of_peer.values()), call)
+            addresses = {memory.data_ptr() for memory, _ in kept}
+            self._held[pid] = {serial: held for serial, held in of_peer.items() if held[0].data_ptr() in addresses}
+
+
+class _Idle:
+    """How long memory that a call did not use is kept: some calls, and no more of it than a recent call used.
+
+    Without the second, lengths that change from call to call would pile up memory of all of them.
+    """
+
+    def __init__(self) -> None:
+        self._used: deque[int] = deque(maxlen=_CALLS_KEPT)  # bytes, by call
+
+    def kept(self, held: list[tuple[Tensor, int]], call: int) -> list[tuple[Tensor, int]]:
+        """Of the memory and the last call that used it."""
+        self._used.append(sum(memory.numel() for memory, last in held if last == call))
+        room = max(self._used)
+        kept = []
+        for memory, last in sorted(held, key=lambda one: -one[1]):  # stable: of one call those that came first
+            if last < call:
+                room -= memory.numel()
+                if room < 0 or last <= call - _CALLS_KEPT:
+                    continue
+            kept.append((memory, last))
+        return kept

@@ -144,8 +144,13 @@ class SharedMemoryTransport(Transport):
         self._page = pages[self.rank]
         self._unsaid = {rank: page for rank, page in pages.items() if rank != self.rank}  # pages that say nothing yet
         self._left: set[int] = set()
+        self._pid, self._links_in_order = os.getpid(), tuple(links)
         # Not at the process's end: that shows on its pidfd.
-        weakref.finalize(self, _leave, self.rank, os.getpid(), self._page, inbox, links).atexit = False
+        weakref.finalize(self, _leave, self.rank, self._pid, self._page, inbox, links).atexit = False
+
+    def leave_with(self, companion: Any) -> None:
+        """Tell the others that this rank has left when that object goes, though the group is still held."""
+        weakref.finalize(companion, _say_left, self.rank, self._pid, self._page, self._links_in_order).atexit = False
 
     def begin_call(self) -> int:
         self._call = self._beside.begin_call()
@@ -166,9 +171,10 @@ class SharedMemoryTransport(Transport):
         return _SharedChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
-        if not self._page.said and self._failed_first is None:  # else everybody knows
-            reason = f"{type(error).__name__}: {error}".encode(errors="replace")[:2000]
-            record = Record(_FAILED, self.rank, self._call, reason)
+        # Whoever reads what this rank lent to the call must hear of it, though a failure in a later call is known.
+        if not self._page.said and self._call < self._spoiled:
+            first, reason = self._failed_first or (self.rank, f"{type(error).__name__}: {error}")
+            record = Record(_FAILED, first, self._call, reason.encode(errors="replace")[:2000])
             self._page.say(record)
             for link in self.links.values():
                 link.send(record)  # to wake it; one whose pipe is full is awake, or will be soon
@@ -307,13 +313,18 @@ class SharedMemoryTransport(Transport):
             self._failed_first = record.sender, record.body.decode(errors="replace")
 
 
-def _leave(rank: int, pid: int, page: Page, inbox: Inbox, links: Sequence[Link]) -> None:
-    """The end of a transport: whoever still waits for this rank would wait in vain."""
+def _say_left(rank: int, pid: int, page: Page, links: Sequence[Link]) -> None:
+    """Whoever still waits for this rank would wait in vain."""
     if os.getpid() == pid and not page.said:  # a forked child does not speak for its parent
         record = Record(_LEFT, rank, 0, b"")
         page.say(record)
         for link in links:
             link.send(record)
+
+
+def _leave(rank: int, pid: int, page: Page, inbox: Inbox, links: Sequence[Link]) -> None:
+    """The end of a transport."""
+    _say_left(rank, pid, page, links)
     inbox.close()
     for link in links:
         link.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -55,6 +56,20 @@ def _name_of(group: Any) -> str:
     )
 
 
+def _refuse_unjoined() -> None:
+    """A ring of one would be silently wrong in a process that was started as one of several."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and size != "1":
+        raise ArgumentError(
+            explain(
+                "there is no process group, and this process is one of several.",
+                got=f"RANK={os.environ['RANK']} and WORLD_SIZE={size}",
+                fix="torch.distributed.init_process_group() first, or pass group=; shard and positions also take rank= "
+                "and num_ranks=, for processes without a group, as a data loader's",
+            )
+        )
+
+
 def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
     if mesh.ndim != 1:
         raise ArgumentError(
@@ -86,8 +101,19 @@ def check_transport(name: str, transport: str) -> None:
 def resolve(name: str) -> Transport:
     """This rank's end of the group of that name."""
     if name == ALONE:
+        _refuse_unjoined()
         return alone().transport
     kind, _, rest = name.partition(":")
     if kind == "local":
         return resolve_local(name).transport
-    return transport_of(dist.distributed_c10d._resolve_process_group(rest))  # type: ignore[arg-type]
+    try:
+        group = dist.distributed_c10d._resolve_process_group(rest)  # type: ignore[arg-type]
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(
+            explain(
+                "the process group is gone.",
+                got=f"torch.distributed knows no group {rest!r}",
+                fix="keep it until the last call and backward that use it are done, or make a new one",
+            )
+        ) from error
+    return transport_of(group)

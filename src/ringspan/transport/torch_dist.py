@@ -41,6 +41,7 @@ _AGREEMENT_LANE = -1
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _POLL_S = 2e-5  # how often it asks an accelerator
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
+_NO_STORE_S = 30.0  # how long a rank waits on where nobody can be told of a failure any more
 
 
 Operation = tuple[Callable, Tensor, int, int]  # isend or irecv, what, the peer in the ring, the tag
@@ -64,6 +65,11 @@ class TorchDistTransport(Transport):
         weakref.finalize(group, _stop, self._waiters)
         self._num_calls = 0
         self._failure: str | None = None
+
+    def settle_life(self) -> None:
+        """Before the first call, agree on how many groups had this name: a rank may have made no call on some."""
+        lives = self.agree(1, self._bulletin.life.to_bytes(8, "little"))
+        self._bulletin.life = max(int.from_bytes(life, "little") for life in lives)
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -154,12 +160,18 @@ class TorchDistTransport(Transport):
         done: what `watch` gave for them.
         """
         deadline = time.monotonic() + self.timeout_s + 5.0  # gloo's own bound comes first, with a reason
+        store_gone_at: float | None = None
         while True:
             try:
                 done.result(timeout=_WATCH_S)
                 return
             except FutureTimeout:
                 first = self._bulletin.first_failure()
+                if first is not None and first[0] is None:
+                    # The rank that hosts it may have ended well: it was done first.
+                    store_gone_at = store_gone_at or time.monotonic()
+                    if time.monotonic() < store_gone_at + _NO_STORE_S:
+                        continue
                 if first is not None:
                     raise self.gave_up(waiting_for(peers[done.position]), None, roll_call) from None
                 if time.monotonic() > deadline:
@@ -215,7 +227,7 @@ class _DistChannel(Channel):
             posted.received.append(parcel)
             operations += self._operations(dist.irecv, parcel.tensors, peer, index, lane)
         for peer, parcel in sends:
-            messages = [x.contiguous() for x in parcel.tensors]
+            messages = [x.resolve_conj().resolve_neg().contiguous() for x in parcel.tensors]
             posted.kept += messages
             operations += self._operations(dist.isend, messages, peer, index, lane)
         if not operations:
@@ -388,7 +400,15 @@ class _Bulletin:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._store = _store(group)
-        self._prefix = f"ringspan/{group.group_name}"
+        self._name = f"ringspan/{group.group_name}"
+        # torch gives names anew after destroy_process_group, and a store of torchrun's agent stays: which life is it?
+        self.life = 0
+        with contextlib.suppress(RuntimeError):
+            self.life = self._store.add(f"{self._name}/lives/{group.rank()}", 1)
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self._name}/{self.life}"
 
     def report(self, rank: int, reason: str) -> None:
         """Leave this rank's failure, unless another rank was first."""
@@ -432,7 +452,7 @@ def _store(group: dist.ProcessGroup) -> Any:
     try:
         return store.clone()  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):  # HashStore, FileStore of older releases
-        return store
+        return dist.PrefixStore("", store)  # not itself: that it goes tells that the group was destroyed
 
 
 def _gloo_of(group: dist.ProcessGroup) -> Any:

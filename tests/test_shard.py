@@ -1,0 +1,90 @@
+"""shard and positions: a place that is given, documents, and graphs of torch.compile."""
+
+import numpy as np
+import pytest
+import torch
+from processes import results, run_processes
+
+import ringspan
+from ringspan import run_local
+
+
+def test_a_place_may_be_given_instead_of_a_group():
+    x = torch.arange(10)
+    assert ringspan.shard(x, 0, layout="striped", rank=1, num_ranks=3).tolist() == [1, 4, 7]
+    assert ringspan.positions(10, layout="zigzag", rank=0, num_ranks=2).tolist() == [0, 1, 2, 8, 9]
+    with pytest.raises(ringspan.ArgumentError, match="a place is a group, or rank and num_ranks"):
+        ringspan.positions(10, rank=1)
+    with pytest.raises(ringspan.ArgumentError, match="rank 3 of 3"):
+        ringspan.shard(x, 0, rank=3, num_ranks=3)
+    with pytest.raises(ringspan.ArgumentTypeError, match="num_tokens must be an integer"):
+        ringspan.positions(2.5)
+    assert ringspan.positions(np.int64(3)).tolist() == [0, 1, 2]
+
+
+def test_positions_count_from_the_start_of_each_document():
+    documents = [0, 4, 4, 10]
+    found = ringspan.positions(10, layout="zigzag", rank=0, num_ranks=2, cu_seqlens=documents)
+    assert found.tolist() == [0, 1, 2, 4, 5]
+    assert torch.equal(
+        found, ringspan.positions(10, layout="zigzag", rank=0, num_ranks=2, cu_seqlens=torch.tensor(documents))
+    )
+    with pytest.raises(ringspan.ArgumentError, match="it ends at 10, num_tokens is 11"):
+        ringspan.positions(11, cu_seqlens=documents)
+
+
+def test_a_process_that_is_one_of_several_is_no_ring_of_one(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    x = torch.zeros(1, 1, 4, 2)
+    for call in (lambda: ringspan.shard(x, 2), lambda: ringspan.positions(4), lambda: ringspan.ring_attention(x, x, x)):
+        with pytest.raises(ringspan.ArgumentError, match="RANK=1 and WORLD_SIZE=4"):
+            call()
+    assert ringspan.positions(4, rank=1, num_ranks=4).tolist() == [1]
+    assert ringspan.run_local(lambda group: ringspan.positions(4).tolist(), 1) == [[0, 1, 2, 3]]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert ringspan.positions(4).tolist() == [0, 1, 2, 3]
+
+
+def gradient(y, x):
+    return torch.autograd.grad(y.square().sum(), x)[0]
+
+
+def place(x, layout, rank, num_ranks):
+    """What a model does at its beginning: this rank's tokens, and where they are."""
+    where = ringspan.positions(x.shape[1], layout=layout, rank=rank, num_ranks=num_ranks)
+    return ringspan.shard(x, 1, layout=layout, rank=rank, num_ranks=num_ranks) * where[:, None]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+def test_shards_and_positions_are_nodes_of_a_graph(layout, dynamic):
+    for rank, tokens in ((0, 2), (1, 17), (2, 23)):
+        torch._dynamo.reset()
+        x = torch.randn(2, tokens, 3, requires_grad=True)
+        compiled = torch.compile(place, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        found = compiled(x, layout, rank, 3)
+        grad = gradient(found, x)
+        expected = place(x, layout, rank, 3)
+        assert torch.equal(found, expected)
+        assert torch.equal(grad, gradient(expected, x))
+
+
+def place_in_group(rank):
+    x = torch.arange(10.0).view(1, 10, 1)
+    torch._dynamo.reset()
+    fn = lambda x: ringspan.shard(x, 1, layout="zigzag") + ringspan.positions(x.shape[1], layout="zigzag")[:, None]  # noqa: E731
+    return torch.equal(torch.compile(fn, fullgraph=True, backend="aot_eager")(x), fn(x))
+
+
+def test_a_graph_finds_its_place_in_the_group_of_processes_and_of_threads():
+    assert results(run_processes(place_in_group, 3)) == [True] * 3
+    x, fn = torch.ones(1, 7, 3), torch.compile(lambda x: ringspan.shard(x, 1), fullgraph=True, backend="aot_eager")
+    assert run_local(lambda group: fn(x).shape[1], 3) == [3, 2, 2]
+
+
+def test_the_ops_of_shard_pass_the_checks_of_torch_library():
+    x = torch.randn(2, 7, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", "", 1, 3))
+    d = torch.randn(2, 2, 3, requires_grad=True)
+    torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", "", 1, 3, 7))
