@@ -40,3 +40,12 @@ def test_a_video_model_over_a_ring_makes_what_one_process_makes():
     said = torchrun("video.py", 4)
     found = re.search(r"\(1, 4, 5, 18, 14\) over 4 ranks, differs from one process by ([-\de.]+)", said)
     assert float(found.group(1)) <= 2e-6
+
+
+def test_a_decoder_over_replicas_rings_and_fsdp2_has_the_loss_and_gradients_of_one_process():
+    said = torchrun("fsdp2.py", 4)
+    losses = re.findall(r"loss ([\d.]+) over 2 x 2 ranks, ([\d.]+) in one process", said)
+    furthest = re.findall(r"gradients of 18 parameters differ by ([-\de.]+) at most", said)
+    assert len(losses) == len(furthest) == 2  # steps of the optimizer
+    assert all(abs(float(loss) - float(whole)) <= 2e-6 for loss, whole in losses)
+    assert all(float(found) <= 1e-5 for found in furthest)

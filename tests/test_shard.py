@@ -88,3 +88,13 @@ def test_the_ops_of_shard_pass_the_checks_of_torch_library():
     torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", "", 1, 3))
     d = torch.randn(2, 2, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", "", 1, 3, 7))
+
+
+def test_what_is_no_dense_tensor_of_this_rank_is_refused():
+    class DTensor(torch.Tensor):  # by name, as that of torch.distributed.tensor
+        pass
+
+    for x, words in ((torch.ones(4).as_subclass(DTensor), "x.to_local()"), (torch.ones(4).to_sparse(), ".to_dense()")):
+        for call in (ringspan.shard, ringspan.unshard):
+            with pytest.raises(ringspan.ArgumentTypeError, match=words):
+                call(x, 0)

@@ -14,6 +14,7 @@ from ringspan.arguments import (
     check_alike,
     check_documents,
     check_holds_numbers,
+    check_local,
     check_no_transforms,
     check_sinks,
     check_tensor,
@@ -310,6 +311,9 @@ def _index(name: str, value: Any, at_least: int) -> int:
 def _checked_dim(x: Tensor, dim: int) -> int:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain("x must be a torch.Tensor.", got=str(type(x))))
+    check_local("x", x)
+    if x.layout != torch.strided:
+        raise ArgumentTypeError(explain("x must be a dense tensor.", got=str(x.layout), fix="use .to_dense()"))
     dim = _index("dim", dim, at_least=-x.ndim)
     if dim >= x.ndim:
         raise ArgumentError(explain(f"dim must be one of x's {x.ndim} dimensions.", got=str(dim)))

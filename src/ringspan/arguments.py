@@ -85,7 +85,7 @@ def check_tensor(name: str, x: Tensor) -> None:
     """What can be seen of one tensor [B, H, T, D] by itself, also while a graph is traced."""
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain(f"{name} must be a torch.Tensor.", got=str(type(x))))
-    _check_local(name, x)
+    check_local(name, x)
     if x.dtype not in DTYPES:
         known = ", ".join(map(str, DTYPES))
         raise ArgumentTypeError(explain(f"{name} has an unsupported dtype.", got=str(x.dtype), fix=f"one of {known}"))
@@ -100,7 +100,8 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
 
 
-def _check_local(name: str, x: Any) -> None:
+def check_local(name: str, x: Any) -> None:
+    """Refuse a DTensor, whatever else x is."""
     # By name: importing torch.distributed.tensor takes half a second.
     if type(x).__name__ == "DTensor":
         raise ArgumentTypeError(
@@ -120,7 +121,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Refuse sinks unless they are a number a query head, on q's device."""
     if sinks is None:
         return
-    _check_local("sinks", sinks)
+    check_local("sinks", sinks)
     if not isinstance(sinks, Tensor) or sinks.dtype not in DTYPES or sinks.layout != torch.strided:
         got = f"{sinks.dtype}, {sinks.layout}" if isinstance(sinks, Tensor) else str(type(sinks))
         fix = f"a dense tensor of shape [{q.shape[1]}]"
@@ -255,7 +256,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
     """cu_seqlens as an int64 tensor on the CPU; its values are checked by `check_documents`."""
     if cu_seqlens is None:
         return None
-    _check_local("cu_seqlens", cu_seqlens)
+    check_local("cu_seqlens", cu_seqlens)
     if not isinstance(cu_seqlens, Tensor):
         return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64, device="cpu")
     if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
@@ -273,14 +274,14 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     """key_ranges, one or several, as int64 tensors on the CPU; whether they fit is for those to check who know."""
     if key_ranges is None:
         return []
-    _check_local("key_ranges", key_ranges)
+    check_local("key_ranges", key_ranges)
     parts = [key_ranges] if isinstance(key_ranges, Tensor) else key_ranges
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Tensor) for part in parts):
         got = repr(key_ranges)[:200] if isinstance(parts, (list, tuple)) else str(type(key_ranges))
         fix = "torch.tensor(...) of shape [T, 2] or [batch, T, 2], or several of these"
         raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got, fix=fix))
     for part in parts:
-        _check_local("key_ranges", part)
+        check_local("key_ranges", part)
         if part.dtype not in _INTEGERS:
             fix = f"(start, stop) of the keys of each query, as one of {', '.join(map(str, _INTEGERS))}"
             raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype), fix=fix))
