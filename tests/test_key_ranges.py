@@ -16,7 +16,8 @@ from ringspan import run_local
 from ringspan.layout import split
 from ringspan.observe import steps
 from ringspan.problem import KeyRanges, Mask
-from ringspan.tile import Band, tiles_between
+from ringspan.tile import Band
+from ringspan.tiling import tiles_between
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from mask_balance import recipes

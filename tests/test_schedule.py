@@ -11,7 +11,7 @@ from ringspan.problem import KeyRanges, Mask, Problem
 from ringspan.schedule.check import ScheduleError, check, visible_pairs
 from ringspan.schedule.contract import Hop, Schedule
 from ringspan.schedule.ring import backward_hop_bytes, forward_hop_bytes, ring_schedule, travelling_side
-from ringspan.tile import tiles_between
+from ringspan.tiling import tiles_between
 
 PASSES = {
     "forward": ("keys", False),

@@ -29,7 +29,7 @@ def test_positions_count_from_the_start_of_each_document():
     assert torch.equal(
         found, ringspan.positions(10, layout="zigzag", rank=0, num_ranks=2, cu_seqlens=torch.tensor(documents))
     )
-    with pytest.raises(ringspan.ArgumentError, match="it ends at 10, num_tokens is 11"):
+    with pytest.raises(ringspan.ArgumentError, match="it ends at 10, there are 11 tokens"):
         ringspan.positions(11, cu_seqlens=documents)
 
 
@@ -85,9 +85,9 @@ def test_a_graph_finds_its_place_in_the_group_of_processes_and_of_threads():
 
 def test_the_ops_of_shard_pass_the_checks_of_torch_library():
     x = torch.randn(2, 7, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", "", 1, 3))
+    torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", None, "", 1, 3))
     d = torch.randn(2, 2, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", "", 1, 3, 7))
+    torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", None, "", 1, 3, 7))
 
 
 def test_what_is_no_dense_tensor_of_this_rank_is_refused():

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ringspan.layout import LAYOUTS, Layout, split
 from ringspan.problem import KeyRanges, Mask
 from ringspan.schedule.check import visible_pairs
-from ringspan.tile import Band, Kind, Piece, RowIntervals, Tile, tiles_between
+from ringspan.tile import Band, Kind, Piece, RowIntervals, Tile
+from ringspan.tiling import tiles_between
 
 many_examples = settings(max_examples=5 * settings().max_examples)  # these are cheap
 

@@ -184,36 +184,50 @@ def shard(
     group: Any = None,
     rank: int | None = None,
     num_ranks: int | None = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
     """This rank's shard of a full tensor: a copy of the tokens that `layout` gives it, along `dim`.
 
     contiguous: one run, the first n % P ranks hold one token more. striped: tokens r, r + P, r + 2P, ... zigzag:
-    of 2P runs (the first n % 2P one longer) run r, then run 2P-1-r. No communication. Differentiable: the
-    gradient with respect to the x of this rank is 0 outside of its shard.
+    of 2P runs (the first n % 2P one longer) run r, then run 2P-1-r. packed: of documents, so many tokens as
+    contiguous, in the order of the sequence; which ones, so that all ranks have the same work and few share a document
+    (docs/masks.md), follows from cu_seqlens. No communication. Differentiable: the gradient with respect to
+    the x of this rank is 0 outside of its shard.
 
     rank, num_ranks: the place in a ring instead of a group, where there is none, as in a data loader's process.
+    cu_seqlens: as in `ring_attention`; "packed" needs it, others do not look at it.
     """
-    dim = _checked_dim(x, dim)
+    dim, documents = _checked_dim(x, dim), documents_tensor(cu_seqlens)
     if torch.compiler.is_compiling():
-        return reshard.shard_in_graph(x, dim, layout, *_graph_place(group, rank, num_ranks))
+        return reshard.shard_in_graph(x, dim, layout, documents, *_graph_place(group, rank, num_ranks))
     rank, num_ranks = _place(group, rank, num_ranks)
-    return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks).ranges(rank))
+    return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks, _boundaries(documents)).ranges(rank))
 
 
-def unshard(x: Tensor, dim: int, *, layout: str = "contiguous", group: Any = None) -> Tensor:
+def unshard(
+    x: Tensor,
+    dim: int,
+    *,
+    layout: str = "contiguous",
+    group: Any = None,
+    cu_seqlens: Sequence[int] | Tensor | None = None,
+) -> Tensor:
     """The full tensor on every rank, from every rank's shard along `dim`: the inverse of `shard`.
 
     Every rank of the group must call it, forward and backward. Differentiable, once: a shard's gradient is the sum
     over the ranks of the gradients that they have for it (the gradient of the sum of all ranks' losses),
     summed in float32.
+
+    cu_seqlens: as in `shard`. The same on every rank.
     """
     name = group_name(group)
     try:
         dim = _checked_dim(x, dim)
-        split(layout, 0, 1)
+        documents = _boundaries(documents_tensor(cu_seqlens))
+        split(layout, documents[-1] if documents else 0, 1, documents)
     except Exception as error:
         call.refuse(resolve(name), error)
-    return reshard.unshard(x, dim, layout, name)
+    return reshard.unshard(x, dim, layout, name, documents)
 
 
 def positions(
@@ -230,14 +244,12 @@ def positions(
     rank, num_ranks: as in `shard`. cu_seqlens: as in `ring_attention`: count from the start of each document, as the
     position embeddings of packed documents do.
     """
-    return shard(
-        _from_document_starts(_index("num_tokens", num_tokens, at_least=0), cu_seqlens),
-        0,
-        layout=layout,
-        group=group,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
+    where, documents = torch.arange(_index("num_tokens", num_tokens, at_least=0)), documents_tensor(cu_seqlens)
+    if documents is not None:
+        if not torch.compiler.is_compiling():
+            _boundaries(documents)
+        where = where - documents[torch.searchsorted(documents, where, right=True) - 1]
+    return shard(where, 0, layout=layout, group=group, rank=rank, num_ranks=num_ranks, cu_seqlens=documents)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -283,17 +295,11 @@ def _graph_place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[s
     return "", *_place(group, rank, num_ranks)
 
 
-def _from_document_starts(num_tokens: int, cu_seqlens: Sequence[int] | Tensor | None) -> Tensor:
-    where = torch.arange(num_tokens)
-    documents = documents_tensor(cu_seqlens)
-    if documents is None:
-        return where
-    if not torch.compiler.is_compiling():
-        check_documents(tuple(documents.tolist()))
-        if documents[-1] != num_tokens:
-            got = f"it ends at {int(documents[-1])}, num_tokens is {num_tokens}"
-            raise ArgumentError(explain("cu_seqlens must end at num_tokens.", got=got))
-    return where - documents[torch.searchsorted(documents, where, right=True) - 1]
+def _boundaries(documents: Tensor | None) -> tuple[int, ...] | None:
+    """The numbers of cu_seqlens, checked."""
+    found = None if documents is None else tuple(documents.tolist())
+    check_documents(found)
+    return found
 
 
 def _index(name: str, value: Any, at_least: int) -> int:

@@ -233,7 +233,10 @@ class _Decided:
 
 def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor, v: Tensor) -> _Decided:
     mask = mask_of(sum(agreed.query_lengths), sum(agreed.key_lengths), channel.size, options)
-    queries, keys = (from_lengths(options.layout, lengths) for lengths in (agreed.query_lengths, agreed.key_lengths))
+    queries, keys = (
+        from_lengths(options.layout, lengths, options.cu_seqlens)
+        for lengths in (agreed.query_lengths, agreed.key_lengths)
+    )
     itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
     problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])
     kernel = partial(kernel_table.choose, options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]))
@@ -280,9 +283,6 @@ _Q, _K, _V, _DO = 1, 2, 4, 8  # bits of Terms.flipped
 
 def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -> Terms:
     q, k, v = tensors[:3]
-    documents = None
-    if options.cu_seqlens is not None:
-        documents = f"{len(options.cu_seqlens) - 1} documents, digest {_digest(options.cu_seqlens)}"
     ranges = None
     if options.key_ranges is not None:
         digest = _digest(tuple(part.digest for part in options.key_ranges))
@@ -300,7 +300,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "device type": q.device.type,
         "layout": options.layout,
         "causal and window_size, as (left, right)": [options.left, options.right],
-        "cu_seqlens": documents,
+        "cu_seqlens": documents_in_words(options.cu_seqlens),
         "key_ranges": ranges,
         "softmax_scale": options.scale,
         "kernel": options.kernel,
@@ -310,6 +310,11 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))
     return Terms(common, q.shape[2], k.shape[2], flipped, options.transport, q.device.type)
+
+
+def documents_in_words(cu_seqlens: tuple[int, ...] | None) -> str | None:
+    """What stands for them where ranks compare."""
+    return None if cu_seqlens is None else f"{len(cu_seqlens) - 1} documents, digest {_digest(cu_seqlens)}"
 
 
 def _digest(numbers: tuple) -> str:

@@ -3,6 +3,7 @@
 contiguous  rank r holds one run of tokens; any lengths (`split_evenly` gives the first ranks one more)
 striped     rank r holds r, r + P, r + 2P, ...: balances a causal mask to within one token
 zigzag      2P chunks, rank r holds chunk r and chunk 2P-1-r: balances a causal mask, keeps long runs
+packed      whole documents, and parts of those that are too much work for one rank (packing.py)
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
 from ringspan.errors import ArgumentError, LayoutError, explain
+from ringspan.packing import packed
 
-LAYOUTS = ("contiguous", "striped", "zigzag")
+LAYOUTS = ("contiguous", "striped", "zigzag")  # that need to know nothing of documents
+NAMES = (*LAYOUTS, "packed")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Layout:
 
     name: str
     lengths: tuple[int, ...]
+    cu_seqlens: tuple[int, ...] | None = None  # of "packed"
 
     @property
     def num_ranks(self) -> int:
@@ -38,6 +42,9 @@ class Layout:
         elif self.name == "zigzag":
             chunks = _cut(self.num_tokens, 2 * self.num_ranks)
             found = _joined(chunks[rank], chunks[2 * self.num_ranks - 1 - rank])
+        elif self.name == "packed":
+            assert self.cu_seqlens is not None
+            found = packed(self.cu_seqlens, self.num_ranks)[rank]
         else:
             start = self._starts[rank]
             found = (range(start, start + self.lengths[rank]),)
@@ -61,17 +68,20 @@ class Layout:
         return tuple(accumulate(self.lengths, initial=0))
 
 
-def split(name: str, num_tokens: int, num_ranks: int) -> Layout:
-    """The layout that `shard` uses: lengths by the layout's own rule."""
+def split(name: str, num_tokens: int, num_ranks: int, cu_seqlens: tuple[int, ...] | None = None) -> Layout:
+    """The layout that `shard` uses: lengths by the layout's own rule. cu_seqlens: (0, ..., num_tokens)."""
     check_name(name)
     if num_tokens < 0 or num_ranks < 1:
         raise ArgumentError(f"{num_tokens} tokens cannot be spread over {num_ranks} ranks")
-    return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks))
+    if cu_seqlens is not None and cu_seqlens[-1] != num_tokens:
+        got = f"it ends at {cu_seqlens[-1]}, there are {num_tokens} tokens"
+        raise ArgumentError(explain("cu_seqlens must end at the number of tokens of the whole sequence.", got=got))
+    return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks), _documents_of(name, cu_seqlens))
 
 
 @lru_cache(maxsize=1024)
-def from_lengths(name: str, lengths: tuple[int, ...]) -> Layout:
-    """The layout of shards whose lengths are given. Striped and zigzag take only those of their rule."""
+def from_lengths(name: str, lengths: tuple[int, ...], cu_seqlens: tuple[int, ...] | None = None) -> Layout:
+    """The layout of shards whose lengths are given. All but contiguous take only those of their rule."""
     check_name(name)
     expected = _lengths_by_rule(name, sum(lengths), len(lengths))
     if name != "contiguous" and lengths != expected:
@@ -84,7 +94,15 @@ def from_lengths(name: str, lengths: tuple[int, ...]) -> Layout:
                 'layout="contiguous", which takes any lengths',
             )
         )
-    return Layout(name, lengths)
+    return Layout(name, lengths, _documents_of(name, cu_seqlens))
+
+
+def _documents_of(name: str, cu_seqlens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if name != "packed":
+        return None
+    if cu_seqlens is None:
+        raise ArgumentError(explain('layout="packed" needs to know the documents.', got="no cu_seqlens", fix="pass it"))
+    return cu_seqlens
 
 
 def shard_length(name: str, num_tokens: int, rank: int, num_ranks: int) -> int:
@@ -92,15 +110,13 @@ def shard_length(name: str, num_tokens: int, rank: int, num_ranks: int) -> int:
     if name == "zigzag":
         pieces = 2 * num_ranks
         return _piece_length(num_tokens, pieces, rank) + _piece_length(num_tokens, pieces, pieces - 1 - rank)
-    # Contiguous and striped agree: the first num_tokens % num_ranks ranks hold one more.
+    # The others agree: the first num_tokens % num_ranks ranks hold one more.
     return _piece_length(num_tokens, num_ranks, rank)
 
 
 def check_name(name: str) -> None:
-    if name not in LAYOUTS:
-        raise ArgumentError(
-            explain("layout is unknown.", got=repr(name), fix=f"one of {', '.join(map(repr, LAYOUTS))}")
-        )
+    if name not in NAMES:
+        raise ArgumentError(explain("layout is unknown.", got=repr(name), fix=f"one of {', '.join(map(repr, NAMES))}"))
 
 
 def _lengths_by_rule(name: str, num_tokens: int, num_ranks: int) -> tuple[int, ...]:

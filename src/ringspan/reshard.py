@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ringspan.agreement import CALL, Terms
-from ringspan.call import begin, running
+from ringspan.arguments import check_documents
+from ringspan.call import begin, documents_in_words, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.state import state_dtype
@@ -25,30 +26,41 @@ def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
 
 
 @torch.library.custom_op("ringspan::shard", mutates_args=())
-def shard_in_graph(x: Tensor, dim: int, layout: str, group: str, rank: int, num_ranks: int) -> Tensor:
+def shard_in_graph(
+    x: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int
+) -> Tensor:
     """`take` of a rank's shard as one node of a graph. The place: that in the group of that name, or as given."""
-    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
-    return take(x, dim, split(layout, x.shape[dim], num_ranks).ranges(rank))
+    return take(x, dim, _ranges_in_graph(x.shape[dim], layout, cu_seqlens, group, rank, num_ranks))
 
 
 @shard_in_graph.register_fake
-def _(x, dim, layout, group, rank, num_ranks):
+def _(x, dim, layout, cu_seqlens, group, rank, num_ranks):
     check_name(layout)
     length = shard_length(layout, x.shape[dim], *_place_in_graph(group, rank, num_ranks))
     return x.new_empty((*x.shape[:dim], length, *x.shape[dim + 1 :]))
 
 
 @torch.library.custom_op("ringspan::shard_backward", mutates_args=())
-def _spread(d: Tensor, dim: int, layout: str, group: str, rank: int, num_ranks: int, num_tokens: int) -> Tensor:
-    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
+def _spread(
+    d: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int, num_tokens: int
+) -> Tensor:
     full = d.new_zeros((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
-    _put(full, dim, split(layout, num_tokens, num_ranks).ranges(rank), d)
+    _put(full, dim, _ranges_in_graph(num_tokens, layout, cu_seqlens, group, rank, num_ranks), d)
     return full
 
 
 @_spread.register_fake
-def _(d, dim, layout, group, rank, num_ranks, num_tokens):
+def _(d, dim, layout, cu_seqlens, group, rank, num_ranks, num_tokens):
     return d.new_empty((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
+
+
+def _ranges_in_graph(
+    num_tokens: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int
+) -> tuple[range, ...]:
+    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    check_documents(documents)
+    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
+    return split(layout, num_tokens, num_ranks, documents).ranges(rank)
 
 
 def _place_in_graph(group: str, rank: int, num_ranks: int) -> tuple[int, int]:
@@ -59,30 +71,44 @@ def _place_in_graph(group: str, rank: int, num_ranks: int) -> tuple[int, int]:
 
 
 def _keep_place(ctx, inputs, output) -> None:
-    x, dim, *place = inputs
-    ctx.place = (dim, *place, x.shape[dim])
+    x, dim, layout, cu_seqlens, *place = inputs
+    ctx.save_for_backward(cu_seqlens)
+    ctx.place = dim, layout, place, x.shape[dim]
 
 
-shard_in_graph.register_autograd(lambda ctx, d: (_spread(d, *ctx.place), *[None] * 5), setup_context=_keep_place)
-_spread.register_autograd(
-    lambda ctx, d: (shard_in_graph(d, *ctx.place), *[None] * 6),
-    setup_context=lambda ctx, inputs, output: setattr(ctx, "place", inputs[1:6]),
-)
+def _of_whole(ctx, d: Tensor):
+    (cu_seqlens,), (dim, layout, place, num_tokens) = ctx.saved_tensors, ctx.place
+    return _spread(d, dim, layout, cu_seqlens, *place, num_tokens), *[None] * 6
 
 
-def unshard(x: Tensor, dim: int, layout: str, group: str) -> Tensor:
-    full = _Unshard.apply(x, dim, layout, group, torch.is_grad_enabled() and x.requires_grad)
+def _of_shard(ctx, d: Tensor):
+    (cu_seqlens,), (dim, layout, place, _) = ctx.saved_tensors, ctx.place
+    return shard_in_graph(d, dim, layout, cu_seqlens, *place), *[None] * 7
+
+
+def _keep_place_of_shard(ctx, inputs, output) -> None:
+    _keep_place(ctx, (output, *inputs[1:-1]), output)
+
+
+shard_in_graph.register_autograd(_of_whole, setup_context=_keep_place)
+_spread.register_autograd(_of_shard, setup_context=_keep_place_of_shard)
+
+
+def unshard(x: Tensor, dim: int, layout: str, group: str, documents: tuple[int, ...] | None = None) -> Tensor:
+    differentiated = torch.is_grad_enabled() and x.requires_grad
+    full = _Unshard.apply(x, dim, layout, documents, group, differentiated)
     assert isinstance(full, Tensor)
     return full
 
 
 class _Unshard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, dim: int, layout: str, group: str, differentiated: bool) -> Tensor:
-        channel, agreed, transport = _begin("unshard", x, x.shape[dim], dim, layout, group, differentiated)
-        ctx.arguments = (dim, layout, group, x.shape[dim])
+    def forward(ctx, x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> Tensor:
+        asked = dim, layout, documents, group
+        channel, agreed, transport = _begin("unshard", x, x.shape[dim], *asked, differentiated)
+        ctx.arguments = *asked, x.shape[dim]
         with running(transport):
-            places = from_lengths(layout, agreed.query_lengths)
+            places = from_lengths(layout, agreed.query_lengths, documents)
             full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
             _put(full, dim, places.ranges(channel.rank), x)
             mine = Parcel((x,))  # one for all, since shared memory holds a copy of each until `close`
@@ -93,17 +119,18 @@ class _Unshard(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_full: Tensor):
-        return _Summed.apply(d_full, *ctx.arguments), None, None, None, None
+        return _Summed.apply(d_full, *ctx.arguments), *[None] * 5
 
 
 class _Summed(torch.autograd.Function):
     """This rank's shard of the sum of all ranks' tensors; a function of its own, for second derivatives to meet."""
 
     @staticmethod
-    def forward(ctx, d_full: Tensor, dim: int, layout: str, group: str, length: int) -> Tensor:
-        channel, agreed, transport = _begin("the backward of unshard", d_full, length, dim, layout, group, True)
+    def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, length: int) -> Tensor:
+        asked = dim, layout, documents, group
+        channel, agreed, transport = _begin("the backward of unshard", d_full, length, *asked, True)
         with running(transport):
-            places = from_lengths(layout, agreed.query_lengths)
+            places = from_lengths(layout, agreed.query_lengths, documents)
             mine = take(d_full, dim, places.ranges(channel.rank))
             total = mine.to(state_dtype(mine.dtype)) if mine.is_floating_point() else mine
             slices = _swap_with_each(
@@ -121,12 +148,13 @@ class _Summed(torch.autograd.Function):
         raise UnsupportedError("unshard is differentiable once: its second derivative is not computed.")
 
 
-def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, group: str, differentiated: bool):
+def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, documents, group: str, differentiated: bool):
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
     def check() -> Terms:
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
+        common["cu_seqlens"] = documents_in_words(documents)
         common["requires_grad"] = differentiated
         return Terms(common, length, device_type=x.device.type)
 

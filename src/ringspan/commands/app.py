@@ -20,6 +20,7 @@ from ringspan.commands.job import Job, plan, refuse_unwritable
 from ringspan.commands.report import complain
 from ringspan.commands.source import DTYPES, RandomSource, Source, open_file
 from ringspan.errors import ArgumentError, RingspanError, explain
+from ringspan.layout import NAMES
 from ringspan.transport.table import TRANSPORTS
 
 app = typer.Typer(
@@ -48,9 +49,9 @@ _MASK, _RANDOM, _RUN, _RESULT = "Which attention", "Random input, instead of INP
 Layout = Annotated[
     str,
     typer.Option(
-        metavar="contiguous|striped|zigzag",
-        help="Which tokens a worker holds: one run; every P-th; or two runs, one from each end. "
-        "The last two share causal work out evenly.",
+        metavar="|".join(NAMES),
+        help="Which tokens a worker holds: one run; every P-th; two runs, one from each end; or parts of --documents. "
+        "All but the first share causal work out evenly.",
         rich_help_panel=_MASK,
     ),
 ]

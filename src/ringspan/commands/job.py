@@ -58,7 +58,7 @@ class Job:
         return self.source.shapes["q"][3] ** -0.5 if asked is None else asked
 
     def layout(self, name: str) -> Layout:
-        return split(self.asked.layout, self.source.shapes[name][2], self.num_workers)
+        return split(self.asked.layout, self.source.shapes[name][2], self.num_workers, self.asked.cu_seqlens)
 
     def num_steps(self, rank: int) -> int:
         """Of a worker's forward."""

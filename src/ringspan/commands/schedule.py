@@ -85,7 +85,7 @@ class Scene:
 
 
 def scene(asked: Asked, num_workers: int, num_tokens: int, backward: Travels | None = None) -> Scene:
-    mask, layout = asked.mask(num_tokens, num_tokens), split(asked.layout, num_tokens, num_workers)
+    mask, layout = asked.mask(num_tokens, num_tokens), split(asked.layout, num_tokens, num_workers, asked.cu_seqlens)
     travels: Travels = backward or "keys"
     schedules = [
         ring_schedule(mask, layout, layout, rank, travels, backward is not None) for rank in range(num_workers)

@@ -15,14 +15,16 @@ from functools import lru_cache
 from ringspan.layout import Layout
 from ringspan.problem import Mask, Problem
 from ringspan.schedule.contract import Hop, Schedule, Step, Travels
-from ringspan.tile import Tile, tiles_between
+from ringspan.tile import Tile
+from ringspan.tiling import meet, tiles_between
 
 
 def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
     """One rank's schedule. rides: results for the travelling shard ride along: gradients, or states of queries."""
-    ring = (_large_ring if mask.key_ranges else _ring)(mask, query_layout, key_layout, travels)
+    keeps_intervals = mask.key_ranges is not None or "packed" in (query_layout.name, key_layout.name)
+    ring = (_large_ring if keeps_intervals else _ring)(mask, query_layout, key_layout, travels)
     return ring.schedule(rank, rides)
 
 
@@ -67,6 +69,7 @@ class _Ring:
     travels: Travels
     _schedules: dict[tuple[int, bool], Schedule] = field(default_factory=dict, compare=False)
     _tiles: dict[tuple[int, int], tuple[Tile, ...]] = field(default_factory=dict, compare=False)
+    _works: dict[tuple[int, int], bool] = field(default_factory=dict, compare=False)
 
     @property
     def num_ranks(self) -> int:
@@ -83,16 +86,23 @@ class _Ring:
     def tiles(self, rank: int, shard: int) -> tuple[Tile, ...]:
         """What `rank` computes with the travelling `shard`."""
         if (rank, shard) not in self._tiles:
-            query_rank, key_rank = (rank, shard) if self.travels == "keys" else (shard, rank)
-            queries, keys = self.query_layout.ranges(query_rank), self.key_layout.ranges(key_rank)
-            self._tiles[rank, shard] = tiles_between(queries, keys, self.mask)
+            self._tiles[rank, shard] = tiles_between(*self._meeting(rank, shard), self.mask)
         return self._tiles[rank, shard]
+
+    def _meeting(self, rank: int, shard: int) -> tuple[tuple[range, ...], tuple[range, ...]]:
+        query_rank, key_rank = (rank, shard) if self.travels == "keys" else (shard, rank)
+        return self.query_layout.ranges(query_rank), self.key_layout.ranges(key_rank)
 
     def works(self, index: int, shard: int) -> bool:
         """Whether the rank that meets `shard` at a step computes anything with it."""
         if not 0 <= index < self.num_ranks:
             return False
-        return bool(self.tiles((shard + index) % self.num_ranks, shard))
+        rank = (shard + index) % self.num_ranks
+        if self.mask.key_ranges is not None or self.query_layout.name != "packed":
+            return bool(self.tiles(rank, shard))
+        if (rank, shard) not in self._works:  # a tile of packed documents holds arrays: made for this rank only
+            self._works[rank, shard] = meet(*self._meeting(rank, shard), self.mask)
+        return self._works[rank, shard]
 
     def readers(self, rank: int):
         for index in range(1, self.num_ranks):
@@ -141,4 +151,4 @@ class _Ring:
 
 
 _ring = lru_cache(maxsize=128)(_Ring)
-_large_ring = lru_cache(maxsize=8)(_Ring)  # key ranges are kept with it: 16 bytes a query
+_large_ring = lru_cache(maxsize=8)(_Ring)  # intervals are kept with it: 16 bytes a query, or a query and shard
