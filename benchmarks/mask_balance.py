@@ -10,9 +10,11 @@ import argparse
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
+from packed_documents import long_tailed
 
-from ringspan.layout import LAYOUTS, split
+from ringspan.layout import NAMES, split
 from ringspan.problem import UNBOUNDED, KeyRanges, Mask
 from ringspan.schedule.ring import ring_schedule
 
@@ -42,12 +44,17 @@ def masks(tokens: int) -> dict[str, Mask]:
     for name, (parts, right) in ranges.items():
         parts = parts if isinstance(parts, list) else [parts]
         found[name] = Mask(tokens, tokens, right=right, key_ranges=tuple(KeyRanges.of(x.numpy()) for x in parts))
+    for seed in range(2):
+        documents = long_tailed(tokens, seed)
+        longest = max(map(int, np.diff(documents)))
+        name = f"{len(documents) - 1} packed documents, the longest of {longest:,}"
+        found[name] = Mask(tokens, tokens, right=0, cu_seqlens=documents)
     return found
 
 
 def cost(mask: Mask, layout: str, ranks: int) -> tuple[float, int]:
     """(pairs of the busiest rank / mean, hops of K and V)."""
-    held = split(layout, mask.num_queries, ranks)
+    held = split(layout, mask.num_queries, ranks, mask.cu_seqlens)
     plans = [ring_schedule(mask, held, held, rank) for rank in range(ranks)]
     pairs = []
     for plan in plans:
@@ -64,10 +71,15 @@ def main() -> None:
     args = parser.parse_args()
     most = args.ranks * (args.ranks - 1)
     print(f"{args.ranks} ranks, {args.tokens:,} tokens: work of the busiest rank / mean, hops (of at most {most})")
-    print(f"| | {' | '.join(LAYOUTS)} |\n|---|{'---|' * len(LAYOUTS)}")
+    print(f"| | {' | '.join(NAMES)} |\n|---|{'---|' * len(NAMES)}")
     for name, mask in masks(args.tokens).items():
-        cells = (cost(mask, layout, args.ranks) for layout in LAYOUTS)
-        print(f"| {name} | {' | '.join(f'{busiest:.2f}, {hops}' for busiest, hops in cells)} |")
+        cells = (
+            ""
+            if layout == "packed" and mask.cu_seqlens is None
+            else "{:.2f}, {}".format(*cost(mask, layout, args.ranks))
+            for layout in NAMES
+        )
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -13,5 +13,7 @@ to_qkv = torch.nn.Linear(256, 3 * 256)
 
 q, k, v = to_qkv(x).unflatten(-1, (3, 4, 64)).permute(2, 0, 3, 1, 4)  # each [batch, heads, tokens of this rank, 64]
 out = ringspan.ring_attention(q, k, v, causal=True, layout=layout)
-out.square().mean().backward()  # every rank calls backward; then reduce weight gradients over ranks as usual
-print(f"rank {dist.get_rank()}: positions {where[0]}..{where[-1]}, out {tuple(out.shape)}")
+(out.square().sum() / tokens).backward()  # every rank: a sum over its tokens / the number of tokens of all ranks
+for weight in to_qkv.parameters():
+    dist.all_reduce(weight.grad)  # gradients of weights are summed over the ranks
+print(f"rank {dist.get_rank()}: positions {where[0]}..{where[-1]}, out {tuple(out.shape)}\n", end="")  # in one write

@@ -173,5 +173,7 @@ def test_what_it_needs_is_said():
             ringspan.ring_attention(y, y, y, layout="packed", cu_seqlens=[0, 9])
 
     run_local(lengths, 2)
+    with pytest.raises(ringspan.ArgumentError, match="it ends at 9, there are 16 tokens"):
+        run_local(lambda group: ringspan.unshard(x, 2, layout="packed", cu_seqlens=[0, 9]), 2)
     with pytest.raises(ringspan.DisagreementError, match="disagree on cu_seqlens"):
         run_local(lambda group: ringspan.unshard(x, 2, layout="packed", cu_seqlens=[0, 1 + group.rank(), 16]), 2)

@@ -99,9 +99,9 @@ def ring_attention(
             keys, and that has no value: exp(sinks[h]) more in the denominators of softmax, and in lse. The same on
             every rank, which is not compared; its gradient is of this rank's queries, to be summed over ranks as
             those of other parameters are.
-        layout: "contiguous", "striped" or "zigzag": which tokens this rank's shard holds (see `shard`). The
-            last two balance causal work. A mask other than key_ranges, or such a layout, needs as many queries
-            as keys in all.
+        layout: "contiguous", "striped", "zigzag" or "packed": which tokens this rank's shard holds (see `shard`). The
+            last three balance causal work, "packed" that of the documents of cu_seqlens. A mask other than
+            key_ranges, or such a layout, needs as many queries as keys in all.
         softmax_scale: default D ** -0.5.
         return_lse: also return lse, the natural logarithm of the sum of exp of the scaled visible scores.
         kernel: "auto", or a name that `ringspan doctor` lists.

@@ -73,10 +73,7 @@ def split(name: str, num_tokens: int, num_ranks: int, cu_seqlens: tuple[int, ...
     check_name(name)
     if num_tokens < 0 or num_ranks < 1:
         raise ArgumentError(f"{num_tokens} tokens cannot be spread over {num_ranks} ranks")
-    if cu_seqlens is not None and cu_seqlens[-1] != num_tokens:
-        got = f"it ends at {cu_seqlens[-1]}, there are {num_tokens} tokens"
-        raise ArgumentError(explain("cu_seqlens must end at the number of tokens of the whole sequence.", got=got))
-    return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks), _documents_of(name, cu_seqlens))
+    return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks), _documents_of(name, num_tokens, cu_seqlens))
 
 
 @lru_cache(maxsize=1024)
@@ -94,10 +91,13 @@ def from_lengths(name: str, lengths: tuple[int, ...], cu_seqlens: tuple[int, ...
                 'layout="contiguous", which takes any lengths',
             )
         )
-    return Layout(name, lengths, _documents_of(name, cu_seqlens))
+    return Layout(name, lengths, _documents_of(name, sum(lengths), cu_seqlens))
 
 
-def _documents_of(name: str, cu_seqlens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+def _documents_of(name: str, num_tokens: int, cu_seqlens: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if cu_seqlens is not None and cu_seqlens[-1] != num_tokens:
+        got = f"it ends at {cu_seqlens[-1]}, there are {num_tokens} tokens"
+        raise ArgumentError(explain("cu_seqlens must end at the number of tokens of the whole sequence.", got=got))
     if name != "packed":
         return None
     if cu_seqlens is None:
