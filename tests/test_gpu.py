@@ -67,6 +67,13 @@ def test_a_ring_of_any_size_is_exact_under_every_mask_and_layout(mask, layout, n
     exact_ring(on_gpu(129, layout=layout, options=masks(129)[mask]), num_ranks)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 5])
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_documents_of_unequal_lengths_are_exact(causal, num_ranks):
+    documents = [0, 3, 3, 400, 411, 500, 1100, 1101, 1200]
+    exact_ring(on_gpu(1200, layout="packed", options=dict(causal=causal, cu_seqlens=documents)), num_ranks)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_key_ranges_of_each_batch_entry_are_exact(num_ranks):
     lengths = torch.tensor([300, 77, 1], device="cpu")

@@ -70,7 +70,7 @@ class Case:
 
 def ring(group, case: Case) -> dict[str, Tensor]:
     """Run by every rank: forward and backward on its shards; whole out, lse, dq, dk, dv on every rank."""
-    place = dict(layout=case.layout, group=group)
+    place = dict(layout=case.layout, group=group, cu_seqlens=case.options.get("cu_seqlens"))
     q, k, v, do, dlse = (ringspan.shard(x, 2, **place) for x in case.tensors())
     if case.shared:
         k, v = (ringspan.empty_shared(x.shape, dtype=x.dtype).copy_(x) for x in (k, v))
