@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from processes import results, run_processes
+from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan import run_local
@@ -510,3 +511,27 @@ def test_a_reader_that_is_waited_for_is_named(monkeypatch):
 
     with pytest.raises(ringspan.RankFailedError, match="waited 1 s for rank 1 to read rank 0's tensors"):
         run_local(work, 2, timeout=1)
+
+
+def fail_in_a_checkpoint(rank):
+    """The forward that a checkpoint runs again fails on rank 0; then all go on."""
+    q, k, v = (x.requires_grad_() for x in shards())
+    runs = []
+
+    def attend(q, k, v):
+        runs.append(q)
+        if rank == 0 and len(runs) == 2:
+            k = k[..., 1:]
+        return ringspan.ring_attention(q, k, v)
+
+    out = checkpoint(attend, q, k, v, use_reentrant=False)
+    try:
+        out.sum().backward()
+    except ringspan.RingspanError as error:
+        return type(error).__name__, good_call()
+
+
+@pytest.mark.parametrize("where", ["threads", "processes"])
+def test_a_refusal_while_a_checkpoint_runs_again_is_told_once(where):
+    found = by_rank(where, fail_in_a_checkpoint, 3)
+    assert found == [("ArgumentError", (1, 2, 8, 4)), *[("PeerRefusedError", (1, 2, 8, 4))] * 2]

@@ -1,8 +1,11 @@
 """shard and positions: a place that is given, documents, and graphs of torch.compile."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from processes import results, run_processes
 
 import ringspan
@@ -70,24 +73,63 @@ def test_shards_and_positions_are_nodes_of_a_graph(layout, dynamic):
         assert torch.equal(grad, gradient(expected, x))
 
 
-def place_in_group(rank):
+def place_in_group(rank, folder):
+    """All ranks with torch's caches of compiled code in one folder, as they are on one host; one after the other."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
     x = torch.arange(10.0).view(1, 10, 1)
     torch._dynamo.reset()
     fn = lambda x: ringspan.shard(x, 1, layout="zigzag") + ringspan.positions(x.shape[1], layout="zigzag")[:, None]  # noqa: E731
-    return torch.equal(torch.compile(fn, fullgraph=True, backend="aot_eager")(x), fn(x))
+    for turn in range(3):
+        if turn == rank:
+            found = torch.compile(fn, fullgraph=True)(x)
+        dist.barrier()
+    return torch.equal(found, fn(x))
 
 
-def test_a_graph_finds_its_place_in_the_group_of_processes_and_of_threads():
-    assert results(run_processes(place_in_group, 3)) == [True] * 3
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_graph_finds_its_place_in_the_group_of_processes_and_of_threads(tmp_path):
+    assert results(run_processes(place_in_group, 3, str(tmp_path))) == [True] * 3
     x, fn = torch.ones(1, 7, 3), torch.compile(lambda x: ringspan.shard(x, 1), fullgraph=True, backend="aot_eager")
     assert run_local(lambda group: fn(x).shape[1], 3) == [3, 2, 2]
 
 
+def test_positions_of_any_length_are_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    fn = torch.compile(
+        lambda x: x + ringspan.positions(x.shape[0], layout="zigzag", rank=1, num_ranks=2).sum(),
+        fullgraph=True,
+        backend=backend,
+    )
+    for tokens in range(20, 32):
+        expected = ringspan.positions(tokens, layout="zigzag", rank=1, num_ranks=2).sum()
+        assert torch.equal(fn(torch.zeros(tokens)), expected.expand(tokens).float())
+    assert len(graphs) <= 3
+
+
+def test_a_process_alone_may_compile_it():
+    torch._dynamo.reset()
+    x = torch.arange(4.0)
+    fn = torch.compile(lambda x: ringspan.shard(x, 0) + ringspan.positions(4), fullgraph=True, backend="aot_eager")
+    assert torch.equal(fn(x), 2 * x)
+
+
+def test_positions_are_on_the_cpu_whatever_the_default_device():
+    with torch.device("meta"):
+        found = ringspan.positions(6, rank=1, num_ranks=2, cu_seqlens=[0, 4, 6])
+    assert found.tolist() == [3, 0, 1]
+
+
 def test_the_ops_of_shard_pass_the_checks_of_torch_library():
     x = torch.randn(2, 7, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", None, "", 1, 3))
+    torch.library.opcheck(torch.ops.ringspan.shard.default, (x, 1, "zigzag", None, 1, 3))
     d = torch.randn(2, 2, 3, requires_grad=True)
-    torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", None, "", 1, 3, 7))
+    torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", None, 1, 3, 7))
 
 
 def test_what_is_no_dense_tensor_of_this_rank_is_refused():

@@ -25,8 +25,7 @@ from ringspan.arguments import (
 from ringspan.autograd import attend, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
-from ringspan.transport.local import LocalGroup, current_group
-from ringspan.transport.table import check_transport, group_name, resolve
+from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
 
 class _Options(TypedDict, total=False):
@@ -195,12 +194,12 @@ def shard(
     the x of this rank is 0 outside of its shard.
 
     rank, num_ranks: the place in a ring instead of a group, where there is none, as in a data loader's process.
-    cu_seqlens: as in `ring_attention`; "packed" needs it, others do not look at it.
+    cu_seqlens: as in `ring_attention`; "packed" needs it, others look at its end only.
     """
     dim, documents = _checked_dim(x, dim), documents_tensor(cu_seqlens)
-    if torch.compiler.is_compiling():
-        return reshard.shard_in_graph(x, dim, layout, documents, *_graph_place(group, rank, num_ranks))
     rank, num_ranks = _place(group, rank, num_ranks)
+    if torch.compiler.is_compiling():
+        return reshard.shard_in_graph(x, dim, layout, documents, rank, num_ranks)
     return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks, _boundaries(documents)).ranges(rank))
 
 
@@ -239,12 +238,14 @@ def positions(
     num_ranks: int | None = None,
     cu_seqlens: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
-    """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local]).
+    """Global positions of the tokens in this rank's shard of a sequence of `num_tokens` (int64, [T_local], on the
+    CPU).
 
     rank, num_ranks: as in `shard`. cu_seqlens: as in `ring_attention`: count from the start of each document, as the
     position embeddings of packed documents do.
     """
-    where, documents = torch.arange(_index("num_tokens", num_tokens, at_least=0)), documents_tensor(cu_seqlens)
+    where = torch.arange(_index("num_tokens", num_tokens, at_least=0), device="cpu")
+    documents = documents_tensor(cu_seqlens)
     if documents is not None:
         if not torch.compiler.is_compiling():
             _boundaries(documents)
@@ -273,8 +274,8 @@ def _gradients(**tensors: Tensor | None) -> str:
 def _place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[int, int]:
     """(rank, number of ranks): as given, or of the group."""
     if rank is None and num_ranks is None:
-        transport = resolve(group_name(group))
-        return transport.rank, transport.size
+        # In a graph as numbers: what is compiled for one rank is wrong for another, and caches go by the graph.
+        return place_in(group)
     if rank is None or num_ranks is None or group is not None:
         got = f"group={group!r}, rank={rank!r}, num_ranks={num_ranks!r}"
         raise ArgumentError(explain("a place is a group, or rank and num_ranks.", got=got))
@@ -283,16 +284,6 @@ def _place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[int, in
     if rank >= num_ranks:
         raise ArgumentError(explain("rank must be less than num_ranks.", got=f"rank {rank} of {num_ranks}"))
     return rank, num_ranks
-
-
-def _graph_place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[str, int, int]:
-    """The same for a graph: the name of a group, or a place."""
-    if rank is None and num_ranks is None:
-        worker = current_group() if group is None else group
-        if isinstance(worker, LocalGroup):  # one graph may serve all workers, if it is not guarded by their rank
-            return "", worker.rank(), worker.size()
-        return group_name(group), -1, -1
-    return "", *_place(group, rank, num_ranks)
 
 
 def _boundaries(documents: Tensor | None) -> tuple[int, ...] | None:
@@ -304,7 +295,7 @@ def _boundaries(documents: Tensor | None) -> tuple[int, ...] | None:
 
 def _index(name: str, value: Any, at_least: int) -> int:
     try:
-        found = operator.index(value)
+        found = value if isinstance(value, int) else operator.index(value)  # a symbolic size must stay one
     except TypeError:
         found = None
     if found is None or isinstance(value, bool):

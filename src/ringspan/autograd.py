@@ -135,6 +135,8 @@ def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
         q, k, v, out, lse, sinks, cu_seqlens, *key_ranges = ctx.saved_tensors
         if d_out is None:
             d_out = torch.zeros_like(out)
+    except RingspanError:
+        raise  # of a forward that a checkpoint runs again: on every rank alike, or told already
     except Exception as error:  # a tensor was changed in place here, say: the other ranks must hear of it
         if agreement and gradients != "sinks":
             with contextlib.suppress(RingspanError):

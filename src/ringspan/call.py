@@ -233,9 +233,9 @@ class _Decided:
 
 def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor, v: Tensor) -> _Decided:
     mask = mask_of(sum(agreed.query_lengths), sum(agreed.key_lengths), channel.size, options)
+    documents = options.cu_seqlens if options.layout == "packed" else None  # they would be kept with the layout
     queries, keys = (
-        from_lengths(options.layout, lengths, options.cu_seqlens)
-        for lengths in (agreed.query_lengths, agreed.key_lengths)
+        from_lengths(options.layout, lengths, documents) for lengths in (agreed.query_lengths, agreed.key_lengths)
     )
     itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
     problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])

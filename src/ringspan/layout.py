@@ -76,7 +76,7 @@ def split(name: str, num_tokens: int, num_ranks: int, cu_seqlens: tuple[int, ...
     return Layout(name, _lengths_by_rule(name, num_tokens, num_ranks), _documents_of(name, num_tokens, cu_seqlens))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def from_lengths(name: str, lengths: tuple[int, ...], cu_seqlens: tuple[int, ...] | None = None) -> Layout:
     """The layout of shards whose lengths are given. All but contiguous take only those of their rule."""
     check_name(name)
@@ -101,7 +101,9 @@ def _documents_of(name: str, num_tokens: int, cu_seqlens: tuple[int, ...] | None
     if name != "packed":
         return None
     if cu_seqlens is None:
-        raise ArgumentError(explain('layout="packed" needs to know the documents.', got="no cu_seqlens", fix="pass it"))
+        raise ArgumentError(
+            explain('layout="packed" needs to know the documents.', got="no cu_seqlens", fix="pass it (--documents)")
+        )
     return cu_seqlens
 
 

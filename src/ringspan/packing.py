@@ -78,21 +78,22 @@ def _mixed(documents: Sequence[range], lengths: Sequence[int]) -> list[list[rang
         tokens_left -= length
         while length:
             place = bisect_left(left, work / length, key=_density)
-            above, below = left[min(place, len(left) - 1)], left[max(place - 1, 0)]
+            high, low = min(place, len(left) - 1), max(place - 1, 0)
+            above, below = left[high], left[low]
             of_above = length
             if below.density < above.density:  # of_above * above's + (length - of_above) * below's is the work
                 of_above = (work - length * below.density) // (above.density - below.density)
                 of_above = min(max(of_above, 0), length)
-            taking, num_tokens = above, of_above
+            taking, num_tokens, place = above, of_above, high
             if of_above < len(above.run) and (of_above == 0 or length - of_above >= len(below.run)):
-                taking, num_tokens = below, length - of_above
+                taking, num_tokens, place = below, length - of_above, low
             num_tokens = min(num_tokens, len(taking.run))
             held[-1] += taking.take(num_tokens)
             length -= num_tokens
             work -= num_tokens * taking.density
             work_left -= num_tokens * taking.density
             if not taking.run:
-                left.pop(next(i for i, rest in enumerate(left) if rest is taking))
+                left.pop(place)
     return held
 
 

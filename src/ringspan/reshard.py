@@ -26,48 +26,38 @@ def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:
 
 
 @torch.library.custom_op("ringspan::shard", mutates_args=())
-def shard_in_graph(
-    x: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int
-) -> Tensor:
-    """`take` of a rank's shard as one node of a graph. The place: that in the group of that name, or as given."""
-    return take(x, dim, _ranges_in_graph(x.shape[dim], layout, cu_seqlens, group, rank, num_ranks))
+def shard_in_graph(x: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, rank: int, num_ranks: int) -> Tensor:
+    """`take` of a rank's shard as one node of a graph."""
+    return take(x, dim, _ranges_in_graph(x.shape[dim], layout, cu_seqlens, rank, num_ranks))
 
 
 @shard_in_graph.register_fake
-def _(x, dim, layout, cu_seqlens, group, rank, num_ranks):
+def _(x, dim, layout, cu_seqlens, rank, num_ranks):
     check_name(layout)
-    length = shard_length(layout, x.shape[dim], *_place_in_graph(group, rank, num_ranks))
+    length = shard_length(layout, x.shape[dim], rank, num_ranks)
     return x.new_empty((*x.shape[:dim], length, *x.shape[dim + 1 :]))
 
 
 @torch.library.custom_op("ringspan::shard_backward", mutates_args=())
 def _spread(
-    d: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int, num_tokens: int
+    d: Tensor, dim: int, layout: str, cu_seqlens: Tensor | None, rank: int, num_ranks: int, num_tokens: int
 ) -> Tensor:
     full = d.new_zeros((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
-    _put(full, dim, _ranges_in_graph(num_tokens, layout, cu_seqlens, group, rank, num_ranks), d)
+    _put(full, dim, _ranges_in_graph(num_tokens, layout, cu_seqlens, rank, num_ranks), d)
     return full
 
 
 @_spread.register_fake
-def _(d, dim, layout, cu_seqlens, group, rank, num_ranks, num_tokens):
+def _(d, dim, layout, cu_seqlens, rank, num_ranks, num_tokens):
     return d.new_empty((*d.shape[:dim], num_tokens, *d.shape[dim + 1 :]))
 
 
 def _ranges_in_graph(
-    num_tokens: int, layout: str, cu_seqlens: Tensor | None, group: str, rank: int, num_ranks: int
+    num_tokens: int, layout: str, cu_seqlens: Tensor | None, rank: int, num_ranks: int
 ) -> tuple[range, ...]:
     documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
     check_documents(documents)
-    rank, num_ranks = _place_in_graph(group, rank, num_ranks)
     return split(layout, num_tokens, num_ranks, documents).ranges(rank)
-
-
-def _place_in_graph(group: str, rank: int, num_ranks: int) -> tuple[int, int]:
-    if not group:
-        return rank, num_ranks
-    transport = resolve(group)
-    return transport.rank, transport.size
 
 
 def _keep_place(ctx, inputs, output) -> None:
@@ -78,12 +68,12 @@ def _keep_place(ctx, inputs, output) -> None:
 
 def _of_whole(ctx, d: Tensor):
     (cu_seqlens,), (dim, layout, place, num_tokens) = ctx.saved_tensors, ctx.place
-    return _spread(d, dim, layout, cu_seqlens, *place, num_tokens), *[None] * 6
+    return _spread(d, dim, layout, cu_seqlens, *place, num_tokens), *[None] * 5
 
 
 def _of_shard(ctx, d: Tensor):
     (cu_seqlens,), (dim, layout, place, _) = ctx.saved_tensors, ctx.place
-    return shard_in_graph(d, dim, layout, cu_seqlens, *place), *[None] * 7
+    return shard_in_graph(d, dim, layout, cu_seqlens, *place), *[None] * 6
 
 
 def _keep_place_of_shard(ctx, inputs, output) -> None:

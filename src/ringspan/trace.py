@@ -35,7 +35,8 @@ def trace(file: str | os.PathLike[str], *, group: Any = None) -> Iterator[None]:
         group: as in `ring_attention`.
 
     Raises:
-        ArgumentError: on rank 0, where the file cannot be written; PeerRefusedError from the next call of the others.
+        ArgumentError: on rank 0, where the file cannot be written; PeerRefusedError from the next call of the others,
+            unless it is one with agreement=False.
         RankFailedError: another rank did not leave its block.
     """
     name = group_name(group)

@@ -23,13 +23,26 @@ def group_name(group: Any) -> str:
     group: a LocalGroup, a ProcessGroup, a 1-D DeviceMesh, or None: the worker's own group inside run_local,
     else the default process group, else a ring of one.
     """
+    return _name_of(_group_of(group))
+
+
+def place_in(group: Any) -> tuple[int, int]:
+    """(rank, size) of this rank in a group that a user passed, without its transport: graphs hold the numbers."""
+    found = _group_of(group)
+    if _name_of(found) == ALONE:
+        refuse_unjoined()
+        return 0, 1
+    if isinstance(found, LocalGroup):
+        return found.rank(), found.size()
+    return dist.get_rank(found), dist.get_world_size(found)
+
+
+def _group_of(group: Any) -> Any:
     if group is None:
         group = current_group()
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    if isinstance(group, DeviceMesh):
-        group = _group_of_mesh(group)
-    return _name_of(group)
+    return _group_of_mesh(group) if isinstance(group, DeviceMesh) else group
 
 
 def _name_of(group: Any) -> str:
@@ -56,7 +69,7 @@ def _name_of(group: Any) -> str:
     )
 
 
-def _refuse_unjoined() -> None:
+def refuse_unjoined() -> None:
     """A ring of one would be silently wrong in a process that was started as one of several."""
     size = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and size != "1":
@@ -101,7 +114,7 @@ def check_transport(name: str, transport: str) -> None:
 def resolve(name: str) -> Transport:
     """This rank's end of the group of that name."""
     if name == ALONE:
-        _refuse_unjoined()
+        refuse_unjoined()
         return alone().transport
     kind, _, rest = name.partition(":")
     if kind == "local":

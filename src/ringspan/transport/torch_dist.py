@@ -68,7 +68,7 @@ class TorchDistTransport(Transport):
 
     def settle_life(self) -> None:
         """Before the first call, agree on how many groups had this name: a rank may have made no call on some."""
-        lives = self.agree(1, self._bulletin.life.to_bytes(8, "little"))
+        lives = self.agree(self.begin_call(), self._bulletin.life.to_bytes(8, "little"))
         self._bulletin.life = max(int.from_bytes(life, "little") for life in lives)
 
     @property
