@@ -445,13 +445,10 @@ def _accelerator() -> torch.device:
 
 def _store(group: dist.ProcessGroup) -> Any:
     """The group's store, on a connection of its own: gloo may sit in a blocking get on the first one."""
-    if hasattr(group, "get_group_store"):
-        store = group.get_group_store()
-    else:  # torch 2.6 to 2.8
-        store = dist.distributed_c10d._world.pg_map[group][1]
+    store = group.get_group_store()
     try:
         return store.clone()  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # HashStore, FileStore of older releases
+    except (AttributeError, RuntimeError):  # a HashStore
         return dist.PrefixStore("", store)  # not itself: that it goes tells that the group was destroyed
 
 
