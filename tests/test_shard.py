@@ -119,6 +119,16 @@ def test_a_process_alone_may_compile_it():
     assert torch.equal(fn(x), 2 * x)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+def test_a_graph_has_no_derivative_of_0_in_forward_mode():
+    torch._dynamo.reset()
+    x, tangent = torch.arange(4.0), torch.ones(4)
+    differentiate = lambda x, t: torch.func.jvp(lambda x: ringspan.shard(x, 0, rank=0, num_ranks=2), (x,), (t,))[1]  # noqa: E731
+    assert torch.equal(differentiate(x, tangent), torch.ones(2))
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(differentiate, fullgraph=True, backend="aot_eager")(x, tangent)
+
+
 def test_positions_are_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         found = ringspan.positions(6, rank=1, num_ranks=2, cu_seqlens=[0, 4, 6])

@@ -232,3 +232,31 @@ def test_a_rank_that_is_done_first_may_take_the_store_with_it():
     for ending in others:
         assert ending.error is None, ending.trace
         assert ending.value.shape == (1, 1, 8, 4)
+
+
+@pytest.mark.timeout(20)
+def test_a_store_that_is_gone_does_not_outlast_the_groups_timeout():
+    transport = object.__new__(torch_dist.TorchDistTransport)
+    transport.rank, transport.size, transport.timeout_s = 1, 2, 0.1
+    transport._bulletin = torch_dist._Bulletin(NamedGroup(dist.HashStore(), 1))
+    transport._bulletin.first_failure = lambda: (None, "the store is gone")
+    with pytest.raises(ringspan.RankFailedError, match="the store is gone"):
+        transport.wait([], torch_dist._Outcome(), ["0"], lambda peer: f"rank {peer}")
+
+
+def call_on_a_destroyed_group(rank):
+    group, q = dist.new_group([0, 1]), torch.ones(1, 1, 4, 2)
+    ringspan.ring_attention(q, q, q, group=group)
+    dist.barrier()
+    dist.destroy_process_group(group)
+    for call in (
+        lambda: ringspan.ring_attention(q, q, q, group=group),
+        lambda: ringspan.shard(q, 2, group=group),
+        lambda: ringspan.unshard(q, 2, group=group),
+    ):
+        with pytest.raises(ringspan.ArgumentError, match="the process group is gone"):
+            call()
+
+
+def test_calls_on_a_destroyed_group_are_refused():
+    results(run_processes(call_on_a_destroyed_group, 2))

@@ -12,12 +12,12 @@ from torch import Tensor
 from ringspan import call, reshard
 from ringspan.arguments import (
     check_alike,
-    check_documents,
     check_holds_numbers,
     check_local,
     check_no_transforms,
     check_sinks,
     check_tensor,
+    documents_of,
     documents_tensor,
     normalised_options,
     ranges_tensors,
@@ -127,7 +127,7 @@ def ring_attention(
         if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
             check_alike(q, k, v)
         check_sinks(sinks, q)
-        check_no_transforms(q=q, k=k, v=v, sinks=sinks)
+        check_no_transforms("ring_attention", q=q, k=k, v=v, sinks=sinks)
         if not torch.compiler.is_compiling():
             check_holds_numbers(q=q, k=k, v=v)
         documents, ranges = documents_tensor(cu_seqlens), ranges_tensors(key_ranges)
@@ -199,8 +199,9 @@ def shard(
     dim, documents = _checked_dim(x, dim), documents_tensor(cu_seqlens)
     rank, num_ranks = _place(group, rank, num_ranks)
     if torch.compiler.is_compiling():
+        check_no_transforms("shard under torch.compile", x=x)
         return reshard.shard_in_graph(x, dim, layout, documents, rank, num_ranks)
-    return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks, _boundaries(documents)).ranges(rank))
+    return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks, documents_of(documents)).ranges(rank))
 
 
 def unshard(
@@ -222,7 +223,7 @@ def unshard(
     name = group_name(group)
     try:
         dim = _checked_dim(x, dim)
-        documents = _boundaries(documents_tensor(cu_seqlens))
+        documents = documents_of(documents_tensor(cu_seqlens))
         split(layout, documents[-1] if documents else 0, 1, documents)
     except Exception as error:
         call.refuse(resolve(name), error)
@@ -248,7 +249,7 @@ def positions(
     documents = documents_tensor(cu_seqlens)
     if documents is not None:
         if not torch.compiler.is_compiling():
-            _boundaries(documents)
+            documents_of(documents)
         where = where - documents[torch.searchsorted(documents, where, right=True) - 1]
     return shard(where, 0, layout=layout, group=group, rank=rank, num_ranks=num_ranks, cu_seqlens=documents)
 
@@ -284,13 +285,6 @@ def _place(group: Any, rank: int | None, num_ranks: int | None) -> tuple[int, in
     if rank >= num_ranks:
         raise ArgumentError(explain("rank must be less than num_ranks.", got=f"rank {rank} of {num_ranks}"))
     return rank, num_ranks
-
-
-def _boundaries(documents: Tensor | None) -> tuple[int, ...] | None:
-    """The numbers of cu_seqlens, checked."""
-    found = None if documents is None else tuple(documents.tolist())
-    check_documents(found)
-    return found
 
 
 def _index(name: str, value: Any, at_least: int) -> int:

@@ -140,7 +140,7 @@ def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
         )
 
 
-def check_no_transforms(**tensors: Tensor | None) -> None:
+def check_no_transforms(what: str, **tensors: Tensor | None) -> None:
     """Refuse forward-mode differentiation, where torch would go on with a derivative of 0, and torch.func."""
     for name, x in tensors.items():
         if x is None:
@@ -148,7 +148,7 @@ def check_no_transforms(**tensors: Tensor | None) -> None:
         if forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError(
                 explain(
-                    "ring_attention has no forward-mode derivative.",
+                    f"{what} has no forward-mode derivative.",
                     got=f"{name} carries a tangent (torch.func.jvp, jacfwd or torch.autograd.forward_ad)",
                     fix="reverse mode: backward() or torch.autograd.grad",
                 )
@@ -156,7 +156,7 @@ def check_no_transforms(**tensors: Tensor | None) -> None:
         if not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x):
             raise UnsupportedError(
                 explain(
-                    "ring_attention does not go through the transforms of torch.func.",
+                    f"{what} does not go through the transforms of torch.func.",
                     got=f"{name} inside of grad, vjp, vmap or another",
                     fix="backward() or torch.autograd.grad; instead of vmap, the batch dimension",
                 )
@@ -268,6 +268,13 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
         )
     _check_dense("cu_seqlens", cu_seqlens)
     return cu_seqlens.detach().to("cpu", torch.int64)
+
+
+def documents_of(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
+    """The boundaries that `documents_tensor` made a tensor of, checked."""
+    boundaries = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
+    check_documents(boundaries)
+    return boundaries
 
 
 def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]:

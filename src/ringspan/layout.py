@@ -35,6 +35,11 @@ class Layout:
     def num_tokens(self) -> int:
         return sum(self.lengths)
 
+    @property
+    def has_many_runs(self) -> bool:
+        """Whether shards may lie in many runs, so that their tiles hold arrays."""
+        return self.name == "packed"
+
     def ranges(self, rank: int) -> tuple[range, ...]:
         """Global positions of a rank's tokens, in the order in which its shard holds them."""
         if self.name == "striped":

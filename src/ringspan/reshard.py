@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ringspan.agreement import CALL, Terms
-from ringspan.arguments import check_documents
+from ringspan.arguments import documents_of
 from ringspan.call import begin, documents_in_words, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
@@ -55,9 +55,7 @@ def _(d, dim, layout, cu_seqlens, rank, num_ranks, num_tokens):
 def _ranges_in_graph(
     num_tokens: int, layout: str, cu_seqlens: Tensor | None, rank: int, num_ranks: int
 ) -> tuple[range, ...]:
-    documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-    check_documents(documents)
-    return split(layout, num_tokens, num_ranks, documents).ranges(rank)
+    return split(layout, num_tokens, num_ranks, documents_of(cu_seqlens)).ranges(rank)
 
 
 def _keep_place(ctx, inputs, output) -> None:

@@ -37,6 +37,7 @@ def trace(file: str | os.PathLike[str], *, group: Any = None) -> Iterator[None]:
     Raises:
         ArgumentError: on rank 0, where the file cannot be written; PeerRefusedError from the next call of the others,
             unless it is one with agreement=False.
+        OSError: on rank 0, where it cannot be written any more at the end.
         RankFailedError: another rank did not leave its block.
     """
     name = group_name(group)
@@ -45,8 +46,7 @@ def trace(file: str | os.PathLike[str], *, group: Any = None) -> Iterator[None]:
         try:
             check_writable(Path(file))
         except OSError as error:
-            got, fix = f"{file}: {error.strerror}", "a file in a folder that you may write to"
-            call.refuse(resolve(name), ArgumentError(explain("the trace cannot be written.", got=got, fix=fix)))
+            call.refuse(resolve(name), unwritable("the trace", Path(file), error))
     events = _rows_of(rank)
     with observe.steps(lambda record: events.extend(_events(rank, record))):
         yield
@@ -64,6 +64,13 @@ def check_writable(file: Path) -> None:
         pass
     if not was_there:
         file.unlink()
+
+
+def unwritable(what: str, file: Path, error: Exception) -> ArgumentError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ArgumentError(
+        explain(f"{what} cannot be written.", got=f"{file}: {reason}", fix="a file in a folder that you may write to")
+    )
 
 
 def _rows_of(rank: int) -> list[dict[str, Any]]:

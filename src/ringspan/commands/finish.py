@@ -14,7 +14,8 @@ from torch import Tensor
 from ringspan import __version__
 from ringspan.commands import check, report
 from ringspan.commands.asked import Exit
-from ringspan.commands.job import Job, Spent, unwritable
+from ringspan.commands.job import Job, Spent
+from ringspan.trace import unwritable
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ringspan.problem import UNBOUNDED, Mask, Problem
 from ringspan.schedule.contract import Travels
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
-from ringspan.trace import check_writable
+from ringspan.trace import check_writable, unwritable
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,3 @@ def _try_to_write(job: Job, option: str, path: Path, first: Path) -> None:
         check_writable(first)
     except OSError as error:
         raise unwritable(option, path, error) from None
-
-
-def unwritable(option: str, path: Path, error: Exception) -> ArgumentError:
-    reason = getattr(error, "strerror", None) or str(error)
-    return ArgumentError(
-        explain(f"{option} cannot be written.", got=f"{path}: {reason}", fix="a file in a folder that you may write to")
-    )

@@ -23,7 +23,7 @@ def ring_schedule(
     mask: Mask, query_layout: Layout, key_layout: Layout, rank: int, travels: Travels = "keys", rides: bool = False
 ) -> Schedule:
     """One rank's schedule. rides: results for the travelling shard ride along: gradients, or states of queries."""
-    keeps_intervals = mask.key_ranges is not None or "packed" in (query_layout.name, key_layout.name)
+    keeps_intervals = mask.key_ranges is not None or query_layout.has_many_runs or key_layout.has_many_runs
     ring = (_large_ring if keeps_intervals else _ring)(mask, query_layout, key_layout, travels)
     return ring.schedule(rank, rides)
 
@@ -98,9 +98,9 @@ class _Ring:
         if not 0 <= index < self.num_ranks:
             return False
         rank = (shard + index) % self.num_ranks
-        if self.mask.key_ranges is not None or self.query_layout.name != "packed":
+        if self.mask.key_ranges is not None or not self.query_layout.has_many_runs:
             return bool(self.tiles(rank, shard))
-        if (rank, shard) not in self._works:  # a tile of packed documents holds arrays: made for this rank only
+        if (rank, shard) not in self._works:  # tiles that hold arrays are made for the rank that asks only
             self._works[rank, shard] = meet(*self._meeting(rank, shard), self.mask)
         return self._works[rank, shard]
 

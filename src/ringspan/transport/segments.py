@@ -203,11 +203,14 @@ def laid_out(spec: Spec) -> tuple[list[int], int]:
     return offsets, end
 
 
+_Held = tuple[Tensor, int]  # memory, and the call that used it last
+
+
 class Pool:
     """The memory of one rank's own segments, reused from call to call."""
 
     def __init__(self) -> None:
-        self._free: list[tuple[Tensor, int]] = []  # with the call that used it last
+        self._free: dict[int, _Held] = {}  # by address
         self._idle = _Idle()
 
     def take(self, num_bytes: int) -> Tensor:
@@ -216,13 +219,13 @@ class Pool:
         Never much more, or small calls would keep the memory of a large one for ever.
         """
         most = max(4 * num_bytes, _SMALL_BYTES)
-        fits = [place for place, (memory, _) in enumerate(self._free) if num_bytes <= memory.numel() <= most]
+        fits = [place for place, (memory, _) in self._free.items() if num_bytes <= memory.numel() <= most]
         if not fits:
             return create(num_bytes)
         return self._free.pop(min(fits, key=lambda place: self._free[place][0].numel()))[0]
 
     def give_back(self, memory: Tensor, call: int) -> None:
-        self._free.append((memory, call))
+        self._free[memory.data_ptr()] = memory, call
 
     def end_call(self, call: int) -> None:
         self._free = self._idle.kept(self._free, call)
@@ -232,7 +235,7 @@ class Mappings:
     """What this rank has mapped of its peers' segments, kept from call to call."""
 
     def __init__(self) -> None:
-        self._held: dict[int, dict[int, tuple[Tensor, int]]] = {}  # by pid, by serial; with the last call
+        self._held: dict[int, dict[int, _Held]] = {}  # by pid, by serial
         self._idle: dict[int, _Idle] = {}  # by pid
 
     def memory(self, pid: int, lies: Whereabouts, call: int) -> Tensor:
@@ -244,9 +247,7 @@ class Mappings:
 
     def end_call(self, call: int) -> None:
         for pid, of_peer in self._held.items():
-            kept = self._idle.setdefault(pid, _Idle()).kept(list(of_peer.values()), call)
-            addresses = {memory.data_ptr() for memory, _ in kept}
-            self._held[pid] = {serial: held for serial, held in of_peer.items() if held[0].data_ptr() in addresses}
+            self._held[pid] = self._idle.setdefault(pid, _Idle()).kept(of_peer, call)
 
 
 class _Idle:
@@ -258,15 +259,14 @@ class _Idle:
     def __init__(self) -> None:
         self._used: deque[int] = deque(maxlen=_CALLS_KEPT)  # bytes, by call
 
-    def kept(self, held: list[tuple[Tensor, int]], call: int) -> list[tuple[Tensor, int]]:
-        """Of the memory and the last call that used it."""
-        self._used.append(sum(memory.numel() for memory, last in held if last == call))
+    def kept(self, held: dict[int, _Held], call: int) -> dict[int, _Held]:
+        self._used.append(sum(memory.numel() for memory, last in held.values() if last == call))
         room = max(self._used)
-        kept = []
-        for memory, last in sorted(held, key=lambda one: -one[1]):  # stable: of one call those that came first
+        kept = {}
+        for key, (memory, last) in sorted(held.items(), key=lambda one: -one[1][1]):  # the latest first
             if last < call:
                 room -= memory.numel()
                 if room < 0 or last <= call - _CALLS_KEPT:
                     continue
-            kept.append((memory, last))
+            kept[key] = memory, last
         return kept

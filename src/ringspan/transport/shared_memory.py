@@ -144,13 +144,13 @@ class SharedMemoryTransport(Transport):
         self._page = pages[self.rank]
         self._unsaid = {rank: page for rank, page in pages.items() if rank != self.rank}  # pages that say nothing yet
         self._left: set[int] = set()
-        self._pid, self._links_in_order = os.getpid(), tuple(links)
         # Not at the process's end: that shows on its pidfd.
-        weakref.finalize(self, _leave, self.rank, self._pid, self._page, inbox, links).atexit = False
+        weakref.finalize(self, _leave, self.rank, os.getpid(), self._page, inbox, links).atexit = False
 
     def leave_with(self, companion: Any) -> None:
         """Tell the others that this rank has left when that object goes, though the group is still held."""
-        weakref.finalize(companion, _say_left, self.rank, self._pid, self._page, self._links_in_order).atexit = False
+        links = tuple(self.links.values())
+        weakref.finalize(companion, _say_left, self.rank, os.getpid(), self._page, links).atexit = False
 
     def begin_call(self) -> int:
         self._call = self._beside.begin_call()

@@ -30,11 +30,14 @@ def place_in(group: Any) -> tuple[int, int]:
     """(rank, size) of this rank in a group that a user passed, without its transport: graphs hold the numbers."""
     found = _group_of(group)
     if _name_of(found) == ALONE:
-        refuse_unjoined()
+        _refuse_unjoined()
         return 0, 1
     if isinstance(found, LocalGroup):
         return found.rank(), found.size()
-    return dist.get_rank(found), dist.get_world_size(found)
+    try:
+        return dist.get_rank(found), dist.get_world_size(found)
+    except ValueError as error:
+        raise _gone(found.group_name) from error
 
 
 def _group_of(group: Any) -> Any:
@@ -69,7 +72,7 @@ def _name_of(group: Any) -> str:
     )
 
 
-def refuse_unjoined() -> None:
+def _refuse_unjoined() -> None:
     """A ring of one would be silently wrong in a process that was started as one of several."""
     size = os.environ.get("WORLD_SIZE", "1")
     if "RANK" in os.environ and size != "1":
@@ -114,7 +117,7 @@ def check_transport(name: str, transport: str) -> None:
 def resolve(name: str) -> Transport:
     """This rank's end of the group of that name."""
     if name == ALONE:
-        refuse_unjoined()
+        _refuse_unjoined()
         return alone().transport
     kind, _, rest = name.partition(":")
     if kind == "local":
@@ -122,11 +125,15 @@ def resolve(name: str) -> Transport:
     try:
         group = dist.distributed_c10d._resolve_process_group(rest)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
-        raise ArgumentError(
-            explain(
-                "the process group is gone.",
-                got=f"torch.distributed knows no group {rest!r}",
-                fix="keep it until the last call and backward that use it are done, or make a new one",
-            )
-        ) from error
+        raise _gone(rest) from error
     return transport_of(group)
+
+
+def _gone(name: str) -> ArgumentError:
+    return ArgumentError(
+        explain(
+            "the process group is gone.",
+            got=f"torch.distributed knows no group {name!r}",
+            fix="keep it until the last call and backward that use it are done, or make a new one",
+        )
+    )

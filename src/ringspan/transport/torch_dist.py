@@ -170,7 +170,7 @@ class TorchDistTransport(Transport):
                 if first is not None and first[0] is None:
                     # The rank that hosts it may have ended well: it was done first.
                     store_gone_at = store_gone_at or time.monotonic()
-                    if time.monotonic() < store_gone_at + _NO_STORE_S:
+                    if time.monotonic() < min(store_gone_at + _NO_STORE_S, deadline):
                         continue
                 if first is not None:
                     raise self.gave_up(waiting_for(peers[done.position]), None, roll_call) from None
