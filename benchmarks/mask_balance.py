@@ -1,4 +1,4 @@
-"""What the recipes of docs/masks.md cost a ring in each layout: work of the busiest rank, and hops.
+"""What the masks of docs/masks.md cost a ring in each layout: work of the busiest rank, and hops.
 
 Counted from schedules, in integers; nothing is timed.
 
@@ -7,38 +7,27 @@ Counted from schedules, in integers; nothing is timed.
 """
 
 import argparse
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
 from packed_documents import long_tailed
 
+from ringspan import masks
 from ringspan.layout import NAMES, split
 from ringspan.problem import UNBOUNDED, KeyRanges, Mask
 from ringspan.schedule.ring import ring_schedule
 
 
-def recipes() -> dict:
-    """The functions of docs/masks.md, by name."""
-    page = (Path(__file__).parent.parent / "docs" / "masks.md").read_text()
-    found: dict = {"torch": torch}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code, found)
-    return found
-
-
-def masks(tokens: int) -> dict[str, Mask]:
-    of = recipes()
+def by_name(tokens: int) -> dict[str, Mask]:
     images = [(start, start + tokens // 32) for start in range(tokens // 16, tokens, tokens // 8)]
     answers = [tokens // 8] * 6
     ranges = {
-        "padding, four entries": (of["padding"](torch.tensor([1, 2, 3, 4]) * tokens // 4, tokens), UNBOUNDED),
-        "a prefix of a quarter": (of["prefix"](tokens // 4, tokens), UNBOUNDED),
-        "8 images in text": (of["images_in_text"](images, tokens), UNBOUNDED),
-        "64 frames, 3 before": (of["frames"](tokens // 64, 3, tokens), UNBOUNDED),
-        "a window of 1,024 and the first 64": (of["window_and_first"](1024, 64, tokens), 0),
-        "a prompt of a quarter, 6 answers": (of["shared_prompt"](tokens - sum(answers), answers), 0),
+        "padding, four entries": (masks.padding(torch.tensor([1, 2, 3, 4]) * tokens // 4, tokens), UNBOUNDED),
+        "a prefix of a quarter": (masks.prefix(tokens // 4, tokens), UNBOUNDED),
+        "8 images in text": (masks.images_in_text(images, tokens), UNBOUNDED),
+        "64 frames, 3 before": (masks.frames(tokens // 64, 3, tokens), UNBOUNDED),
+        "a window of 1,024 and the first 64": (masks.window_and_first(1024, 64, tokens), 0),
+        "a prompt of a quarter, 6 answers": (masks.shared_prompt(tokens - sum(answers), answers), 0),
     }
     found = {"causal": Mask(tokens, tokens, right=0)}
     for name, (parts, right) in ranges.items():
@@ -72,7 +61,7 @@ def main() -> None:
     most = args.ranks * (args.ranks - 1)
     print(f"{args.ranks} ranks, {args.tokens:,} tokens: work of the busiest rank / mean, hops (of at most {most})")
     print(f"| | {' | '.join(NAMES)} |\n|---|{'---|' * len(NAMES)}")
-    for name, mask in masks(args.tokens).items():
+    for name, mask in by_name(args.tokens).items():
         cells = (
             ""
             if layout == "packed" and mask.cu_seqlens is None

@@ -1,8 +1,6 @@
-"""Keys that each query sees, spelled out: the recipes of docs/masks.md, by their words, and rings under them."""
+"""Keys that each query sees, spelled out: the masks of docs/masks.md, by their words, and rings under them."""
 
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,18 +10,14 @@ from processes import results, run_processes
 from whole import Case, check, ring
 
 import ringspan
-from ringspan import run_local
+from ringspan import masks, run_local
 from ringspan.layout import split
 from ringspan.observe import steps
 from ringspan.problem import KeyRanges, Mask
 from ringspan.tile import Band
 from ringspan.tiling import tiles_between
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from mask_balance import recipes
-
 TOKENS, BATCH = 129, 3
-RECIPES = recipes()
 LENGTHS = torch.tensor([100, 129, 5])
 IMAGES = [(7, 31), (31, 33), (90, 129)]
 ANSWERS = [40, 1, 58]  # after a prompt of 30
@@ -36,30 +30,30 @@ def answer_of(p: int) -> int:
 
 # By name: what is passed, and what it means for a batch entry, a query and a key.
 CASES = {
-    "padding": (dict(key_ranges=RECIPES["padding"](LENGTHS, TOKENS)), lambda b, p, j: j < LENGTHS[b]),
+    "padding": (dict(key_ranges=masks.padding(LENGTHS, TOKENS)), lambda b, p, j: j < LENGTHS[b]),
     "causal padding": (
-        dict(key_ranges=RECIPES["padding"](LENGTHS, TOKENS), causal=True),
+        dict(key_ranges=masks.padding(LENGTHS, TOKENS), causal=True),
         lambda b, p, j: j <= p and j < LENGTHS[b],
     ),
-    "prefix": (dict(key_ranges=RECIPES["prefix"](50, TOKENS)), lambda b, p, j: j < 50 or j <= p),
+    "prefix": (dict(key_ranges=masks.prefix(50, TOKENS)), lambda b, p, j: j < 50 or j <= p),
     "images": (
-        dict(key_ranges=RECIPES["images_in_text"](IMAGES, TOKENS)),
+        dict(key_ranges=masks.images_in_text(IMAGES, TOKENS)),
         lambda b, p, j: j <= p or any(first <= p < last and first <= j < last for first, last in IMAGES),
     ),
     "frames": (
-        dict(key_ranges=RECIPES["frames"](10, 2, TOKENS)),
+        dict(key_ranges=masks.frames(10, 2, TOKENS)),
         lambda b, p, j: 0 <= p // 10 - j // 10 <= 2,
     ),
     "chunks": (
-        dict(key_ranges=RECIPES["frames"](16, 0, TOKENS), causal=True),
+        dict(key_ranges=masks.frames(16, 0, TOKENS), causal=True),
         lambda b, p, j: j <= p and j // 16 == p // 16,
     ),
     "window and first": (
-        dict(key_ranges=RECIPES["window_and_first"](20, 4, TOKENS), causal=True),
+        dict(key_ranges=masks.window_and_first(20, 4, TOKENS), causal=True),
         lambda b, p, j: j <= p and (j < 4 or p - j <= 20),
     ),
     "shared prompt": (
-        dict(key_ranges=RECIPES["shared_prompt"](30, ANSWERS), causal=True),
+        dict(key_ranges=masks.shared_prompt(30, ANSWERS), causal=True),
         lambda b, p, j: j <= p and answer_of(j) in (0, answer_of(p)),
     ),
 }
@@ -118,7 +112,7 @@ def test_later_queries_of_a_longer_sequence_are_its_last_ones():
     q, k, v, *_ = whole.tensors()
     exact, _ = attention(q, k, v, whole.seen(), whole.scale)
     for num_before in (0, 63, 99):
-        ranges = RECIPES["continued"](num_before, 100 - num_before)
+        ranges = masks.continued(num_before, 100 - num_before)
         (out, *_) = run_local(
             lambda group, q, ranges: whole_out(q, k, v, key_ranges=ranges), 3, q[:, :, num_before:], ranges
         )
@@ -164,11 +158,9 @@ def shards_met(options: dict, num_ranks: int, tokens: int = 64) -> list[set]:
 
 def test_shards_that_nobody_sees_are_neither_sent_nor_computed():
     """8 ranks of 8 tokens each."""
-    assert shards_met(dict(key_ranges=RECIPES["padding"](torch.tensor([9, 16]), 64)), 8) == [{0, 1}] * 8
-    assert shards_met(dict(key_ranges=RECIPES["frames"](16, 0, 64)), 8) == [
-        {r - r % 2, r - r % 2 + 1} for r in range(8)
-    ]
-    found = shards_met(dict(key_ranges=RECIPES["window_and_first"](8, 4, 64), causal=True), 8)
+    assert shards_met(dict(key_ranges=masks.padding(torch.tensor([9, 16]), 64)), 8) == [{0, 1}] * 8
+    assert shards_met(dict(key_ranges=masks.frames(16, 0, 64)), 8) == [{r - r % 2, r - r % 2 + 1} for r in range(8)]
+    found = shards_met(dict(key_ranges=masks.window_and_first(8, 4, 64), causal=True), 8)
     assert found == [{0, max(r - 1, 0), r} for r in range(8)]
 
 

@@ -387,18 +387,6 @@ def test_a_sliding_window_of_hugging_face_counts_the_querys_own_key():
     assert seen_by_mask(Mask(8, 8, left=3 - 1, right=0)).tolist() == theirs
 
 
-def test_slices_of_queries_and_keys_become_intervals():
-    slices = [((0, 4), (0, 4), True), ((4, 6), (2, 9), True), ((7, 9), (3, 5), False)]
-    found = code_of("coming-from.md")["key_ranges_of"](*zip(*slices, strict=True), 9)
-    for p in range(9):
-        seen = set()
-        for (first, last), (start, stop), causal in slices:
-            if first <= p < last:
-                seen = {j for j in range(start, stop) if not causal or stop - 1 - j >= last - 1 - p}
-        assert set(range(*found[p].tolist())) == seen
-    assert found[0].tolist() == [0, 1] and found[4].tolist() == [2, 8] and found[6].tolist() == [0, 0]
-
-
 def test_layouts_have_the_order_of_other_libraries():
     tokens, ranks = torch.arange(24), 3
     head_tail = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._load_balancer")

@@ -9,6 +9,7 @@ The data's way through a call:
   state      is divided out, once: out, lse
 """
 
+from ringspan import masks
 from ringspan.api import positions, ring_attention, shard, unshard
 from ringspan.errors import (
     ArgumentError,
@@ -42,6 +43,7 @@ __all__ = [
     "UnsupportedError",
     "WorkerError",
     "empty_shared",
+    "masks",
     "positions",
     "ring_attention",
     "ring_attention_spmd_bwd",

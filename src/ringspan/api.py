@@ -92,8 +92,8 @@ def ring_attention(
         key_ranges: [T, 2] or [B, T, 2], integers, T the number of queries of all ranks together: query p sees keys
             key_ranges[p, 0] <= j < key_ranges[p, 1] of the whole sequence, none where that is empty; of a list of
             such tensors those that are in any, and no two may overlap. For what the rules above do not say (padding,
-            prefixes, images within text: docs/masks.md); those of them that are given hold too. The same on every
-            rank, best on the CPU, where the values are read.
+            prefixes, a mask_mod: ringspan.masks makes them); those of them that are given hold too. The same on
+            every rank, best on the CPU, where the values are read.
         sinks: [H], floating point: a learned score for each query head that every query has beside those of its
             keys, and that has no value: exp(sinks[h]) more in the denominators of softmax, and in lse. The same on
             every rank, which is not compared; its gradient is of this rank's queries, to be summed over ranks as

@@ -251,7 +251,7 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
         what, fix = f"layout={options.layout!r}", 'layout="contiguous"'
         if mask.compares_positions:
             what = "causal, window_size and cu_seqlens"
-            fix = "no mask, or key_ranges alone, which say who sees what (docs/masks.md: later queries)"
+            fix = "no mask, or key_ranges alone, which say who sees what (ringspan.masks.continued: later queries)"
         raise LayoutError(
             explain(
                 f"{what} cannot be used with cross attention of unequal lengths.",
