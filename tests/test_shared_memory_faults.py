@@ -530,6 +530,19 @@ def test_what_is_left_is_the_least_of_the_host_and_its_containers(tmp_path):
     write("sys/fs/cgroup/outer/memory.stat", "anon 40000\ninactive_file 6000\nactive_file 700\n")
     write("sys/fs/cgroup/outer/inner/memory.max", "max\n")
     assert segments.memory_left(tmp_path) == 46_700
+    # Version 1, beside it or alone.
+    write("sys/fs/cgroup/memory/old/memory.limit_in_bytes", "80000\n")
+    write("sys/fs/cgroup/memory/old/memory.usage_in_bytes", "50000\n")
+    write("sys/fs/cgroup/memory/old/memory.stat", "active_file 9\ntotal_inactive_file 1000\ntotal_active_file 200\n")
+    assert segments.memory_left(tmp_path) == 31_200
+    write("proc/self/cgroup", "12:cpu,cpuacct:/old\n4:hugetlb,memory:/a/b:c/old\n0::/\n")
+    assert segments.memory_left(tmp_path) == 120 << 10
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")  # none
+    write("sys/fs/cgroup/memory/memory.usage_in_bytes", "50000\n")
+    write("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 0\ntotal_active_file 0\n")
+    assert segments.memory_left(tmp_path) == 120 << 10
+    write("sys/fs/cgroup/memory/memory.limit_in_bytes", "60000\n")  # a container's own, under the path of the host
+    assert segments.memory_left(tmp_path) == 10_000
 
 
 def test_a_number_that_means_another_segment_by_now_is_not_mapped():

@@ -99,30 +99,52 @@ def _reserved(size: int) -> Segment:
 
 
 def memory_left(root: Path = Path("/")) -> float:
-    """Bytes that this process can still get: of the host, and of its containers (control groups, version 2)."""
+    """Bytes that this process can still get: of the host, and of its containers (control groups)."""
     bounds = [math.inf]
     with contextlib.suppress(OSError):
         fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         bounds.append(sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree")))
     with contextlib.suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-        place = root / "sys/fs/cgroup"
-        for name in next((line[3:] for line in lines if line.startswith("0::")), "").split("/"):
-            place /= name
-            bounds.append(_left_in(place))
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            kind = _GROUPS.get("memory" if "memory" in controllers.split(",") else controllers)
+            if kind is None:
+                continue
+            place = root / "sys/fs/cgroup" / kind.mounted
+            # From the first on: a container may see its own group there, and be told the path that the host knows.
+            for name in path.split("/"):
+                place /= name
+                bounds.append(_left_in(place, kind))
     return min(bounds)
 
 
-def _left_in(group: Path) -> float:
+@dataclass(frozen=True)
+class _Groups:
+    """How a version of control groups calls things; stat: a prefix there, for the group with those within it."""
+
+    mounted: str
+    limit: str
+    used: str
+    stat: str
+
+
+# By controllers, as /proc/self/cgroup has them: "" is version 2, where one group has all.
+_GROUPS = {
+    "": _Groups("", "memory.max", "memory.current", ""),
+    "memory": _Groups("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+}
+
+
+def _left_in(group: Path, kind: _Groups) -> float:
     try:
-        limit = (group / "memory.max").read_text().strip()
+        limit = (group / kind.limit).read_text().strip()
         if limit == "max":
             return math.inf
-        used = int((group / "memory.current").read_text())
+        used = int((group / kind.used).read_text())
         held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:  # no limit here
         return math.inf
-    return int(limit) - used + int(held["inactive_file"]) + int(held["active_file"])
+    return int(limit) - used + sum(int(held[f"{kind.stat}{which}_file"]) for which in ("inactive", "active"))
 
 
 def open_peer(pid: int, fd: int, size: int, serial: int) -> Tensor:
