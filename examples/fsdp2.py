@@ -73,13 +73,14 @@ def sum_of_losses(model, tokens, labels, positions, attend):
 
 def loss_over_ring(model, tokens, cu_seqlens, mesh):
     """This rank's part of the mean over the tokens of all replicas."""
-    ring, cu, labels = mesh["context"], torch.tensor(cu_seqlens), labels_of(tokens, cu_seqlens)
+    ring = ringspan.Ring(LAYOUT, mesh["context"], torch.tensor(cu_seqlens))
+    labels = labels_of(tokens, cu_seqlens)
     num_predicted = (labels != NOTHING).sum()
     dist.all_reduce(num_predicted, group=mesh.get_group("data"))
-    positions = ringspan.positions(tokens.shape[1], layout=LAYOUT, group=ring, cu_seqlens=cu)  # from 0 in each document
-    attend = functools.partial(ringspan.ring_attention, causal=True, cu_seqlens=cu, layout=LAYOUT, group=ring)
-    mine = (ringspan.shard(x, 1, layout=LAYOUT, group=ring) for x in (tokens, labels))
-    return sum_of_losses(model, *mine, positions, attend) / num_predicted
+    mine = (ring.shard(x, 1) for x in (tokens, labels))
+    attend = functools.partial(ring.attention, causal=True)
+    # Positions begin at 0 in each document.
+    return sum_of_losses(model, *mine, ring.positions(tokens.shape[1]), attend) / num_predicted
 
 
 def loss_in_one_process(model, texts, packs):

@@ -23,6 +23,7 @@ from ringspan.errors import (
     UnsupportedError,
     WorkerError,
 )
+from ringspan.ring import Ring
 from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
 from ringspan.trace import trace
 from ringspan.transport.local import LocalGroup, run_local
@@ -38,6 +39,7 @@ __all__ = [
     "LocalGroup",
     "PeerRefusedError",
     "RankFailedError",
+    "Ring",
     "RingspanError",
     "SharedMemoryFullError",
     "UnsupportedError",

@@ -28,18 +28,23 @@ from ringspan.layout import split
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
 
-class _Options(TypedDict, total=False):
-    group: Any
+class OptionsOfRing(TypedDict, total=False):
+    """What `ring_attention` takes beside the place of the tokens."""
+
     causal: bool
     window_size: tuple[int, int]
-    cu_seqlens: Sequence[int] | Tensor | None
     key_ranges: Tensor | Sequence[Tensor] | None
     sinks: Tensor | None
-    layout: str
     softmax_scale: float | None
     kernel: str
     transport: str
     agreement: bool
+
+
+class _Options(OptionsOfRing, total=False):
+    group: Any
+    layout: str
+    cu_seqlens: Sequence[int] | Tensor | None
 
 
 @overload
