@@ -37,6 +37,11 @@ RINGSPAN_INLINE Floats exp2(Floats x) {
     return times_power_of_two(p, x);
 }
 
+// NaN for NaN, and for inf too.
+RINGSPAN_INLINE Floats at_most_0(Floats x) { return x > all(0) ? x - x : x; }
+
+static inline float at_least(float x, float least) { return x > least ? x : least; }
+
 RINGSPAN_INLINE float exp2(float x) { return exp2(all(x))[0]; }
 
 // log2(e) and ln(2) as a float32 and what it leaves: products with them are followed to twice float32's precision.

@@ -10,6 +10,8 @@ namespace ringspan::RINGSPAN_ISA {
 constexpr int kQueryPanels = kQueryBlock / kPanel;
 constexpr int kKeyTilesPerItem = kKeysPerItem / kRows;
 constexpr int kItemKeys = kKeyTilesPerItem * kRows;
+// So many blocks of queries are added to dk and dv of a tile before these are added to the caller's, as in the forward.
+constexpr int kQueryBlocksAtOnce = 128;
 static_assert(kQueryBlock % kPanel == 0 && kRows % 2 == 0);
 
 struct KeyTile {
@@ -26,10 +28,9 @@ struct QueryBlock {
     bool finite;
     Span span[kQueryPanels];
     int32_t lo[kQueryBlock], hi[kQueryBlock];
-    float minus_lse[kQueryBlock];  // base 2
+    float minus_lse[kQueryBlock];
     float minus_delta[kQueryBlock];
-    float factors[kQueryBlock];  // of p: what minus_lse has lost
-    float* query_columns;        // right operands, [query panel]
+    float* query_columns;  // right operands, [query panel]
     float* dout_columns;
     float* query_rows;  // weighted operands
     float* dout_rows;
@@ -77,6 +78,13 @@ static size_t gradient_scratch_bytes(const Sizes& sizes) {
     return lay_out(scratch, nullptr, sizes).used * sizeof(float);
 }
 
+static void clear_key_gradients(const Sizes& sizes, GradientScratch& scratch) {
+    for (int i = 0; i < scratch.num_tiles; ++i) {
+        memset(scratch.tiles[i].dk, 0, round_up(sizes.dim, kPanel) * kRows * sizeof(float));
+        memset(scratch.tiles[i].dv, 0, round_up(sizes.value_dim, kPanel) * kRows * sizeof(float));
+    }
+}
+
 static void pack_keys(const GradientCall& call, const GradientItem& item, GradientScratch& scratch) {
     const int64_t dim = call.sizes.dim, value_dim = call.sizes.value_dim, num_keys = item.last_key - item.first_key;
     const Tokens k = tokens_of(call.k, item.batch, item.kv_head), v = tokens_of(call.v, item.batch, item.kv_head);
@@ -90,9 +98,8 @@ static void pack_keys(const GradientCall& call, const GradientItem& item, Gradie
         const float largest_key = pack_left(k, tile.begin, tile.rows, dim, call.bfloat16_pairs, tile.keys);
         const float largest_value = pack_left(v, tile.begin, tile.rows, value_dim, call.bfloat16_pairs, tile.values);
         scratch.finite_keys &= largest_key < __builtin_inff() && largest_value < __builtin_inff();
-        memset(tile.dk, 0, round_up(dim, kPanel) * kRows * sizeof(float));
-        memset(tile.dv, 0, round_up(value_dim, kPanel) * kRows * sizeof(float));
     }
+    clear_key_gradients(call.sizes, scratch);
     pack_keys_for_queries(k, item.first_key, num_keys, dim, kItemKeys, scratch.key_rows);
 }
 
@@ -116,15 +123,11 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
     const int num_rows = left < kQueryBlock ? static_cast<int>(left) : kQueryBlock;
     block.finite = true;
     for (int r = 0; r < kQueryBlock; ++r) {
-        block.factors[r] = 1;
         block.minus_lse[r] = block.minus_delta[r] = 0;
         if (block.lo[r] >= block.hi[r]) continue;
         const float lse = with_plain_nan(call.lse.at(b, block.head, block.first_row + r));
         const float delta = with_plain_nan(call.delta.at(b, block.head, block.first_row + r));
-        // p = 2^(s - lse log2(e)) = 2^(s - product) 2^-rest
-        const float product = lse * kLog2E, rest = left_over(lse, kLog2E, kLog2ERest, product);
-        if (rest == rest) block.factors[r] = exp2(-rest);
-        block.minus_lse[r] = -product;
+        block.minus_lse[r] = -lse;
         block.minus_delta[r] = -delta;
         block.finite &= __builtin_isfinite(lse) && __builtin_isfinite(delta);
     }
@@ -135,8 +138,8 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
         pack_right(q, row, rows, dim, pairs, block.query_columns + first * operand_floats(dim, pairs));
         pack_right(dout, row, rows, value_dim, pairs, block.dout_columns + first * operand_floats(value_dim, pairs));
     }
-    block.finite &= pack_weighted(q, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.query_rows);
-    block.finite &= pack_weighted(dout, block.first_row, num_rows, value_dim, kQueryBlock, kQueryBlock, block.dout_rows);
+    block.finite &= pack_weighted(q, block.first_row, num_rows, dim, kQueryBlock, kQueryBlock, block.query_rows) < __builtin_inff();
+    block.finite &= pack_weighted(dout, block.first_row, num_rows, value_dim, kQueryBlock, kQueryBlock, block.dout_rows) < __builtin_inff();
 }
 
 // Scores and dp of one key tile and one query panel.
@@ -151,8 +154,10 @@ static void multiply_queries(const GradientCall& call, const KeyTile& tile, cons
     });
 }
 
-// p = 2^(scale log2(e) p - lse), ds = p (ds - delta), in place; both 0 where the query does not see the key.
-// lse and delta come last: where they are larger than the sums on the way, each of their roundings would be of that size.
+// p = e^(scale p - lse), ds = p (ds - delta), in place; both 0 where the query does not see the key.
+// lse and delta come last: where they are larger than the sums on the way, each of their roundings would be of that size. The
+// score is rounded before, as for the forward's tops: of the only key that counts it is lse, and p is 1. No p is more, though
+// rounding of scores in the millions says so.
 // kPlain: both are float32, for add_visible and add_visible_to_queries.
 template <bool kPlain>
 static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, float scale, bool masked, float* p, float* ds, float* ds_weights) {
@@ -166,7 +171,8 @@ static void compute_ds(const KeyTile& tile, const QueryBlock& block, int panel, 
             for (int v = 0; v < kVectors; ++v) {
                 const int query = panel * kPanel + v * kLanes, at = (r + i) * kPanel + v * kLanes;
                 Floats& x = weight[i][v];
-                x = exp2(multiply_add(load(p + at), all(scale), load(block.minus_lse + query))) * load(block.factors + query);
+                const Floats score = multiply_add(load(p + at), all(scale), all(0));
+                x = exp2(at_most_0((score + load(block.minus_lse + query)) * all(kLog2E)));
                 Floats& y = gradient[i][v];
                 y = x * (load(ds + at) + load(block.minus_delta + query));
                 if (masked) {
@@ -236,7 +242,7 @@ static void visit_tile(const GradientCall& call, GradientScratch& scratch, int n
         first = panel < first ? panel : first;
         last = panel + 1;
         multiply_queries(call, tile, block, panel, p, ds);
-        compute(tile, block, panel, base_two_scale(call.scale), !block.span[panel].sees_all(tile.begin, tile.end), p, ds, ds_weights);
+        compute(tile, block, panel, call.scale, !block.span[panel].sees_all(tile.begin, tile.end), p, ds, ds_weights);
     }
     if (call.dk.data && first < last) add_to_keys(scratch, number, first, last, slow, call.sizes);
 }
@@ -281,7 +287,8 @@ static void add_visible_to_queries(const GradientCall& call, int64_t b, Gradient
     }
 }
 
-static void visit_block(const GradientCall& call, const GradientItem& item, GradientScratch& scratch, int64_t step) {
+// Whether any key of the item is seen.
+static bool visit_block(const GradientCall& call, const GradientItem& item, GradientScratch& scratch, int64_t step) {
     QueryBlock& block = scratch.block;
     bool seen = false, fully_seen = true;
     look_at_rows(call, item.batch, block);
@@ -289,12 +296,12 @@ static void visit_block(const GradientCall& call, const GradientItem& item, Grad
         seen |= span.sees(item.first_key, item.last_key);
         fully_seen &= span.sees_all(item.first_key, item.last_key);
     }
-    if (!seen) return;
+    if (!seen) return false;
     pack_queries(call, item.batch, block);
     // A value that is not finite must not meet the 0 of a pair that is hidden.
     const bool slow = !fully_seen && !(block.finite && scratch.finite_keys);
     for (int i = 0; i < scratch.num_tiles; ++i) visit_tile(call, scratch, i, slow);
-    if (!call.dq.data) return;
+    if (!call.dq.data) return true;
     wait_for_earlier_keys(*item.order, item.number, step);
     for (int p = 0; p < kQueryPanels; ++p) {
         int first = 0, last = scratch.num_tiles;
@@ -307,6 +314,7 @@ static void visit_block(const GradientCall& call, const GradientItem& item, Grad
             add_to_queries(call, item.batch, scratch, p, first, last);
         }
     }
+    return true;
 }
 
 static void store_key_gradients(const GradientCall& call, const GradientItem& item, const GradientScratch& scratch) {
@@ -332,13 +340,18 @@ static void absorb_gradient_item(const GradientCall& call, const GradientItem& i
     pack_keys(call, item, scratch);
     const int64_t num_blocks = (call.sizes.queries + kQueryBlock - 1) / kQueryBlock;
     int64_t step = 0;
+    int blocks_added = 0;
     for (int64_t g = 0; g < call.sizes.group(); ++g) {
         scratch.block.head = item.kv_head * call.sizes.group() + g;
         // From the last queries to the first: under a causal mask all items start with work, one step behind each other.
         for (int64_t i = num_blocks; i-- > 0; ++step) {
             scratch.block.first_row = i * kQueryBlock;
-            visit_block(call, item, scratch, step);
+            const bool seen = visit_block(call, item, scratch, step);
             finish_step(*item.order, item.number, step);
+            if (!seen || !call.dk.data || ++blocks_added < kQueryBlocksAtOnce) continue;
+            store_key_gradients(call, item, scratch);
+            clear_key_gradients(call.sizes, scratch);
+            blocks_added = 0;
         }
     }
     if (call.dk.data) store_key_gradients(call, item, scratch);

@@ -13,12 +13,25 @@ namespace ringspan::RINGSPAN_ISA {
 constexpr int kQueryTilesPerItem = kQueriesPerItem / kRows;
 
 // Scores within +-kSafeScore need no look at their maximum: 2^60 a weight overflows no sum, and below a reference of 0 the
-// smallest, 2^-60, is still 66 binary orders above what float32 loses.
+// smallest, 2^-60, is still 66 binary orders above what float32 loses. This holds of weighted values too, of 2^31 keys, where
+// the squares of a panel's values add up to something within these bounds: none is above 2^35, and some above 2^-42.
 constexpr float kSafeScore = 60;
+constexpr float kLeastSafeSquares = 0x1p-71f, kMostSafeSquares = 0x1p70f;
+// Squares that are less may have vanished.
+constexpr float kLeastSquares = 0x1p-100f;
 // A reference is raised when a score is above it by more than this: weights stay below 2^8, and few blocks raise it.
 constexpr float kSlack = 8;
+// A score within this of a reference may stand for it.
+constexpr float kNear = 40;
+// So many blocks are added to acc; then it is set aside and begins anew. One sum of all would lose a digit over 30,000 equal
+// keys, and two over a million: it grows, and each addition rounds it.
+constexpr int kBlocksAtOnce = 64;
 
 static inline float base_two_scale(float scale) { return static_cast<float>(scale * 1.4426950408889634); }
+
+// A row's sum of weights is followed by that of the rounded ones, where products see those. acc is made of them and is divided
+// by their sum, so that they add up to 1, while row_sum and with it lse stay exact.
+constexpr int kSums = kRoundsWeights ? 2 : 1;
 
 struct Tile {
     int64_t head, first_row;
@@ -26,21 +39,29 @@ struct Tile {
     bool started;                  // queries are packed
     bool started_rows[kRows];      // whose state is here: those that have seen anything of this call
     bool references_are_positive;  // of all rows that see anything of the run
+    bool has_aside;                // acc and sums of more than kBlocksAtOnce blocks: part of them is aside
+    int num_blocks;                // added to acc since
     float largest_query;           // squared length, times (scale log2(e))^2
     Span span;                     // of the run, as are lo and hi
     int32_t lo[kRows], hi[kRows];
     float reference[kRows];  // -inf: the row has seen nothing
+    float top[kRows];        // a score near it, scale (q . k) as the backward rounds it: what row_max is to be; or -inf
+    float top_above[kRows];  // that score in base 2, minus reference
     float start[kRows];      // what is added to a score: -reference, or 0
     float* queries;          // a left operand
     float* acc;              // [dimension panel][kRows][kPanel]
-    float* sums;             // [kRows][kSums][kLanes], to be added up
+    float* sums;             // [kRows][kSums][kLanes], to be added up; they follow acc in memory
+    float* aside;            // as acc and sums
 };
+
+static int64_t floats_of_acc(const Sizes& sizes) { return round_up(sizes.value_dim, kPanel) * kRows; }
+static int64_t floats_of_sums() { return kRows * kSums * kLanes; }
 
 // Facts are kept by panel: what a tile makes of a block must not depend on the other tiles of its work item.
 struct KeyBlock {
     int32_t begin, end;
     float largest_key[kKeyBlock / kPanel];  // squared length
-    bool finite_values[kKeyBlock / kPanel];
+    float squares_of_values[kKeyBlock / kPanel];
     float* keys;    // right operands, [key panel]
     float* values;  // a weighted operand of kKeyBlock tokens
 };
@@ -51,10 +72,6 @@ struct AbsorbScratch {
     Fetch fetch;     // of the block that comes next
     float* weights;  // [key panel][kRows][kPanel]: q . k, then 2^(score - reference)
 };
-
-// A row's sum of weights is followed by that of the rounded ones, where products see those. acc is made of them and is divided
-// by their sum, so that they add up to 1, while row_sum and with it lse stay exact.
-constexpr int kSums = kRoundsWeights ? 2 : 1;
 
 RINGSPAN_INLINE float* sums_of(const Tile& tile, int r, int which = 0) { return tile.sums + (r * kSums + which) * kLanes; }
 
@@ -85,8 +102,9 @@ static Arena lay_out(AbsorbScratch& scratch, float* memory, const Sizes& sizes) 
     scratch.weights = arena.take(kKeyBlock * kRows);
     for (Tile& tile : scratch.tiles) {
         tile.queries = arena.take(key_floats * kRows + kLanes);
-        tile.acc = arena.take(padded_dim * kRows);
-        tile.sums = arena.take(kRows * kSums * kLanes);
+        tile.acc = arena.take(floats_of_acc(sizes) + floats_of_sums());
+        tile.sums = tile.acc + floats_of_acc(sizes);
+        tile.aside = arena.take(floats_of_acc(sizes) + floats_of_sums());
     }
     return arena;
 }
@@ -114,7 +132,9 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
     const float product = is_new ? 0 : row_max * kLog2E;
     tile.reference[r] = is_new ? row_max : __builtin_rintf(product);
     tile.start[r] = is_new ? 0 : -tile.reference[r];
-    const float factor = is_new ? 0 : exp2(product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product));
+    tile.top[r] = row_max;
+    tile.top_above[r] = is_new ? 0 : product - tile.reference[r] + left_over(row_max, kLog2E, kLog2ERest, product);
+    const float factor = is_new ? 0 : exp2(tile.top_above[r]);
     set_sums(tile, r, is_new ? 0 : call.row_sum.at(b, tile.head, t) * factor);
     const float* acc = call.acc.row(b, tile.head, t);
     for (int64_t d = 0; d < dim; d += kPanel) {
@@ -133,9 +153,13 @@ static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r
     const float sum = sum_of(load(sums_of(tile, r)));
     // Scores that were all NaN have raised no reference; the state must not look like one that has seen nothing.
     const float reference = sum != sum && tile.reference[r] == -__builtin_inff() ? 0 : tile.reference[r];
-    // acc 2^reference = acc e^(reference ln(2)) = (acc e^rest) e^row_max
-    const float row_max = reference * kLn2;
-    const float factor = reference == 0 ? 1 : exp2(left_over(reference, kLn2, kLn2Rest, row_max) * kLog2E);
+    // acc 2^reference = (acc 2^-top_above) e^top. Where one score is far above all others, lse is then this score to the last bit,
+    // and its weight in the backward 1: lse has few digits after the point where scores are in the thousands.
+    const bool has_top = tile.top[r] > -__builtin_inff() && __builtin_fabsf(tile.top_above[r]) <= kNear;
+    // Or (acc e^rest) e^row_max, row_max being reference ln(2). A row whose scores were all -inf is as one that has seen nothing.
+    const bool is_exact = reference == 0 || reference == -__builtin_inff();
+    const float row_max = has_top && !is_exact ? tile.top[r] : reference * kLn2;
+    const float factor = is_exact ? 1 : exp2(has_top ? -tile.top_above[r] : left_over(reference, kLn2, kLn2Rest, row_max) * kLog2E);
     call.row_max.at(b, tile.head, t) = row_max;
     call.row_sum.at(b, tile.head, t) = sum * factor;
     float* acc = call.acc.row(b, tile.head, t);
@@ -153,6 +177,23 @@ static void settle_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
     }
 }
 
+// Whole again, as it is stored.
+static void add_aside(const Sizes& sizes, Tile& tile) {
+    tile.num_blocks = 0;
+    if (!tile.has_aside) return;
+    const int64_t count = floats_of_acc(sizes) + floats_of_sums();
+    for (int64_t i = 0; i < count; i += kLanes) store(tile.acc + i, load(tile.acc + i) + load(tile.aside + i));
+    tile.has_aside = false;
+}
+
+static void set_aside(const Sizes& sizes, Tile& tile) {
+    const int64_t count = floats_of_acc(sizes) + floats_of_sums();
+    add_aside(sizes, tile);
+    memcpy(tile.aside, tile.acc, count * sizeof(float));
+    memset(tile.acc, 0, count * sizeof(float));
+    tile.has_aside = true;
+}
+
 static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
     const Sizes& sizes = call.sizes();
     tile.head = item.kv_head * sizes.group() + number % sizes.group();
@@ -167,11 +208,12 @@ static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& til
     const Sizes& sizes = call.sizes();
     const float scale = base_two_scale(call.scale);
     const Tokens q = tokens_of(call.q, item.batch, tile.head);
-    tile.largest_query = pack_left(q, tile.first_row, tile.rows, sizes.dim, call.bfloat16_pairs, tile.queries) * scale * scale;
+    const float largest_query = pack_left(q, tile.first_row, tile.rows, sizes.dim, call.bfloat16_pairs, tile.queries);
+    tile.largest_query = at_least(largest_query, kLeastSquares) * scale * scale;
     // Rows that see nothing are computed with the others and never stored.
-    memset(tile.acc, 0, round_up(sizes.value_dim, kPanel) * kRows * sizeof(float));
-    memset(tile.sums, 0, kRows * kSums * kLanes * sizeof(float));
-    for (int r = 0; r < kRows; ++r) tile.reference[r] = -__builtin_inff(), tile.start[r] = 0;
+    memset(tile.acc, 0, (floats_of_acc(sizes) + floats_of_sums()) * sizeof(float));
+    tile.has_aside = false, tile.num_blocks = 0;
+    for (int r = 0; r < kRows; ++r) tile.reference[r] = tile.top[r] = -__builtin_inff(), tile.start[r] = tile.top_above[r] = 0;
     tile.started = true;
 }
 
@@ -181,6 +223,7 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     tile.span = span_of(tile.lo, tile.hi, kRows);
     if (tile.span.empty()) return;
     if (!tile.started) start_tile(call, item, tile);
+    add_aside(call.sizes(), tile);
     tile.references_are_positive = false;
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.lo[r] >= tile.hi[r]) {
@@ -201,7 +244,7 @@ static void pack_block(const KeyRun& run, const AbsorbItem& item, bool pairs, in
         const int first = p * kPanel;
         const int64_t count = num_keys - first < kPanel ? num_keys - first : kPanel;
         block.largest_key[p] = pack_right(k, block.begin + first, count, dim, pairs, block.keys + first * operand_floats(dim, pairs));
-        block.finite_values[p] = pack_weighted(v, block.begin + first, count, value_dim, kKeyBlock, kPanel, block.values + first * kTokenFloats);
+        block.squares_of_values[p] = pack_weighted(v, block.begin + first, count, value_dim, kKeyBlock, kPanel, block.values + first * kTokenFloats);
     }
 }
 
@@ -229,15 +272,19 @@ static void finish_scores(const Tile& tile, float scale, int32_t first_key, bool
 }
 
 static void scale_row(Tile& tile, int r, int64_t dim, float factor) {
-    for (int64_t d = 0; d < round_up(dim, kPanel); d += kLanes) {
-        float* acc = tile.acc + d / kPanel * kRows * kPanel + r * kPanel + d % kPanel;
-        store(acc, load(acc) * all(factor));
-    }
-    for (int i = 0; i < kSums; ++i) store(sums_of(tile, r, i), load(sums_of(tile, r, i)) * all(factor));
+    const auto scale = [&](float* at) {
+        store(at, load(at) * all(factor));
+        if (tile.has_aside) store(at + (tile.aside - tile.acc), load(at + (tile.aside - tile.acc)) * all(factor));
+    };
+    for (int64_t d = 0; d < round_up(dim, kPanel); d += kLanes) scale(tile.acc + d / kPanel * kRows * kPanel + r * kPanel + d % kPanel);
+    for (int i = 0; i < kSums; ++i) scale(sums_of(tile, r, i));
 }
 
 static void move_reference(Tile& tile, int r, int64_t dim, float reference) {
-    if (tile.reference[r] != -__builtin_inff()) scale_row(tile, r, dim, exp2(tile.reference[r] - reference));
+    if (tile.reference[r] != -__builtin_inff()) {
+        scale_row(tile, r, dim, exp2(tile.reference[r] - reference));
+        tile.top_above[r] += tile.reference[r] - reference;
+    }
     tile.reference[r] = reference;
     tile.start[r] = -reference;
 }
@@ -254,17 +301,34 @@ static void make_references_positive(Tile& tile, const KeyBlock& block, int64_t 
     tile.references_are_positive = all_positive;
 }
 
-// Raises the references of rows with a score too far above theirs, and corrects the scores.
-static void raise_references(Tile& tile, int64_t dim, int first, int last, float* weights) {
+// The largest scale (q . k) that each row sees, by lanes, of products that are not finished.
+static void find_tops(const Tile& tile, float scale, int32_t first_key, bool sees_all, const float* panel, Floats* tops) {
+    for (int r = 0; r < tile.rows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+            const Floats score = multiply_add(load(panel + r * kPanel + v * kLanes), all(scale), all(0));
+            const Ints key = consecutive(first_key + v * kLanes);
+            tops[r] = larger(sees_all ? score : where_inside(key, all_ints(tile.lo[r]), all_ints(tile.hi[r]), score, all(-__builtin_inff())), tops[r]);
+        }
+    }
+}
+
+// Raises the references of rows with a score too far above theirs, and corrects the scores. tops: as find_tops found them.
+static void raise_references(Tile& tile, int64_t dim, int first, int last, const Floats* tops, float* weights) {
     for (int r = 0; r < tile.rows; ++r) {
         Floats above = all(-__builtin_inff());
         for (int p = first; p < last; ++p) {
             for (int v = 0; v < kVectors; ++v) above = larger(load(weights + p * kRows * kPanel + r * kPanel + v * kLanes), above);
         }
         const bool is_new = tile.reference[r] == -__builtin_inff();
+        if (any_above(tops[r], tile.top[r])) tile.top[r] = largest_of(tops[r]), tile.top_above[r] = largest_of(above);
         if (!any_above(above, is_new ? -__builtin_inff() : kSlack)) continue;
-        const float shift = __builtin_ceilf(largest_of(above));
-        move_reference(tile, r, dim, is_new ? shift : tile.reference[r] + shift);
+        const float largest = __builtin_ceilf(largest_of(above)), reference = is_new ? largest : tile.reference[r] + largest;
+        // A reference beyond 2^24 is rounded: scores move by as much as it does, unless that leaves them far above or below.
+        const float moved = is_new ? largest : reference - tile.reference[r];
+        const float shift = __builtin_fabsf(moved - largest) <= kNear - kSlack ? moved : largest;
+        const float top_above = tile.top_above[r] - shift;
+        move_reference(tile, r, dim, reference);
+        tile.top_above[r] = top_above;
         for (int p = first; p < last; ++p) {
             for (int v = 0; v < kVectors; ++v) {
                 float* scores = weights + p * kRows * kPanel + r * kPanel + v * kLanes;
@@ -339,13 +403,16 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     const auto [begin, end, first, last] = seen_of(block, tile);
     if (first == last) return;
 
-    float largest_key = 0;
-    bool finite_values = true;
+    if (tile.num_blocks == kBlocksAtOnce) set_aside(call.sizes(), tile);
+    ++tile.num_blocks;
+    float largest_key = kLeastSquares, most_squares = 0;
     for (int p = first; p < last; ++p) {
-        largest_key = block.largest_key[p] > largest_key ? block.largest_key[p] : largest_key;
-        finite_values &= block.finite_values[p];
+        largest_key = at_least(block.largest_key[p], largest_key);
+        most_squares = at_least(block.squares_of_values[p], most_squares);
     }
-    const bool safe = tile.largest_query * largest_key <= kSafeScore * kSafeScore;
+    const bool finite_values = most_squares < __builtin_inff();
+    const bool safe_values = most_squares >= kLeastSafeSquares && most_squares <= kMostSafeSquares;
+    const bool safe = safe_values && tile.largest_query * largest_key <= kSafeScore * kSafeScore;
     if (safe && !tile.references_are_positive) make_references_positive(tile, block, value_dim);
     const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
     const bool plain = !finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end);
@@ -355,13 +422,16 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     const int last_tokens = end - block.begin - (last - 1) * kPanel;
     multiply_block(call, tile, block, next, last, last_tokens, weights, fetch);
     bool finished[kKeyBlock / kPanel];
+    Floats tops[kRows];
+    for (int r = 0; r < tile.rows && !safe; ++r) tops[r] = all(-__builtin_inff());
     for (int p = next; p < last; ++p) {
         const int32_t key = block.begin + p * kPanel;
         const bool sees_all = tile.span.sees_all(key, key + kPanel);
+        if (!safe) find_tops(tile, call.scale, key, sees_all, weights + p * kRows * kPanel, tops);
         finished[p] = !safe || !sees_all;
         if (finished[p]) finish_scores(tile, scale, key, sees_all, weights + p * kRows * kPanel);
     }
-    if (!safe) raise_references(tile, value_dim, first, last, weights);
+    if (!safe) raise_references(tile, value_dim, first, last, tops, weights);
     if (plain) {
         compute_weights<true>(tile, scale, first, last, finished, sums, weights);
         return add_visible_values(tile, block, value_dim, weights);
@@ -417,6 +487,7 @@ static void absorb_item(const AbsorbCall& call, const AbsorbItem& item, void* me
     for (int i = 0; i < num_tiles; ++i) place_tile(call, item, item.first_tile + i, scratch.tiles[i]);
     for (int64_t n = 0; n < call.num_runs; ++n) absorb_run(call, item, call.runs[n], n + 1 < call.num_runs ? &call.runs[n + 1] : nullptr, num_tiles, scratch);
     for (int i = 0; i < num_tiles; ++i) {
+        if (scratch.tiles[i].started) add_aside(call.sizes(), scratch.tiles[i]);
         for (int r = 0; r < kRows; ++r) {
             if (scratch.tiles[i].started_rows[r]) store_row(call, item.batch, scratch.tiles[i], r);
         }

@@ -17,6 +17,8 @@ namespace {
 using Parallel = void (*)(void (*body)(void*), void* context, unsigned num_threads, unsigned flags);
 
 std::atomic<bool> is_fork{false};
+// When this is loaded: the first call may come after the fork, and torch may have used its workers before it.
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { is_fork = true; });
 
 // Notes the path of a GNU OpenMP library, torch's own copy if there are several.
 int note_path(dl_phdr_info* library, size_t, void* result) {
@@ -32,7 +34,6 @@ Parallel find_parallel() {
     dl_iterate_phdr(note_path, &path);
     void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
     if (!library) return nullptr;
-    pthread_atfork(nullptr, nullptr, [] { is_fork = true; });
     return reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));
 }
 

@@ -165,11 +165,11 @@ static float pack_columns(const Tokens& x, int64_t first, int64_t num_tokens, in
 }
 
 template <class Element>
-static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+static float pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     const Element* from = static_cast<const Element*>(x.data) + x.offset + first * x.token_stride;
     const int padded_tokens = round_up(num_tokens, kPanel), padded_dim = round_up(dim, kPanel);
     const int64_t token_stride = x.token_stride;
-    Floats zeros[2] = {};
+    Floats squares[2] = {};
     for (int t = 0; t < padded_tokens && t < room; t += kLanes) {
         int d = 0;
         if (x.dim_stride == 1 && num_tokens - t >= kLanes && t + kLanes <= room) {
@@ -181,7 +181,7 @@ static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int
 #pragma GCC unroll 4
                     for (int v = 0; v < kVectors; ++v) {
                         const Floats row = widen(read + v * kLanes);
-                        zeros[i % 2] = multiply_add(row, all(0), zeros[i % 2]);
+                        squares[i % 2] = multiply_add(row, row, squares[i % 2]);
                         store(panel + i * kPanel + v * kLanes, row);
                     }
                 }
@@ -193,17 +193,18 @@ static bool pack_rows_of(const Tokens& x, int64_t first, int64_t num_tokens, int
             float* panel = to + (d / kPanel) * pitch * kPanel + d % kPanel;
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                zeros[i % 2] = multiply_add(square[i], all(0), zeros[i % 2]);  // NaN for NaN and inf
+                squares[i % 2] = multiply_add(square[i], square[i], squares[i % 2]);
                 if (t + i < room) store(panel + (t + i) * kPanel, square[i]);
             }
         }
     }
-    return sum_of(zeros[0] + zeros[1]) == 0;
+    const float sum = sum_of(squares[0] + squares[1]);
+    return sum < __builtin_inff() ? sum : __builtin_inff();
 }
 
 // to[dimension panel][token][kPanel], dimension panels `pitch` tokens apart, with room for `room` tokens. Missing dimensions are
-// zeros, and so are missing tokens up to a whole panel. Returns whether all are finite.
-[[maybe_unused]] static bool pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+// zeros, and so are missing tokens up to a whole panel. Returns the sum of all squares, inf if that is not finite.
+[[maybe_unused]] static float pack_rows(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     if (x.dtype == DType::bfloat16) return pack_rows_of<Bfloat16>(x, first, num_tokens, dim, pitch, room, to);
     if (x.dtype == DType::float16) return pack_rows_of<Float16>(x, first, num_tokens, dim, pitch, room, to);
     return pack_rows_of<float>(x, first, num_tokens, dim, pitch, room, to);

@@ -42,14 +42,14 @@ static bool lie_in_pairs(const Tokens& x, int64_t dim) {
 }
 
 // A weighted operand of `pitch` tokens, [dimension panel][pair of tokens][kPanel]: of the tokens i and i + kApart of each panel,
-// which are neighbours or half a panel apart. Missing tokens, up to a whole panel, and dimensions are zeros. Returns whether all
-// are finite.
+// which are neighbours or half a panel apart. Missing tokens, up to a whole panel, and dimensions are zeros. Returns the
+// sum of all squares, inf if that is not finite.
 template <int kApart>
-static bool pack_token_pairs(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+static float pack_token_pairs(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     static_assert(kPanel == 2 * kLanes && (kApart == 1 || kApart == kLanes));
     constexpr int kStep = kApart == 1 ? 2 : 1;  // from a pair's first token to the next pair's
     const Bfloat16* from = static_cast<const Bfloat16*>(x.data) + x.offset + first * x.token_stride;
-    Floats zeros[2] = {};
+    Floats squares[2] = {};
     for (int64_t t = 0; t < num_tokens && t < room; t += kPanel) {
         for (int64_t d = 0; d < round_up(dim, kPanel); d += kLanes) {
             Floats square[2][kLanes];
@@ -61,13 +61,13 @@ static bool pack_token_pairs(const Tokens& x, int64_t first, int64_t num_tokens,
             float* panel = to + (d / kPanel * pitch + t) / 2 * kPanel + d % kPanel;
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
-                zeros[0] = multiply_add(square[0][i], all(0), zeros[0]);
-                zeros[1] = multiply_add(square[1][i], all(0), zeros[1]);
+                for (int j = 0; j < 2; ++j) squares[j] = multiply_add(square[j][i], square[j][i], squares[j]);
                 store(panel + i * kPanel, upper_halves((Bits)square[0][i], (Bits)square[1][i]));
             }
         }
     }
-    return sum_of(zeros[0] + zeros[1]) == 0;
+    const float sum = sum_of(squares[0] + squares[1]);
+    return sum < __builtin_inff() ? sum : __builtin_inff();
 }
 
 }  // namespace ringspan::RINGSPAN_ISA

@@ -30,8 +30,8 @@ static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int6
     return pack_columns(pairs ? as_pairs(x) : x, first, num_tokens, operand_floats(dim, pairs), kPanel, to);
 }
 
-// A weighted operand of `pitch` tokens. Returns whether all are finite.
-static bool pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+// A weighted operand of `pitch` tokens. Returns the sum of all squares, inf if that is not finite.
+static float pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     return pack_rows(x, first, num_tokens, dim, pitch, room, to);
 }
 

@@ -35,7 +35,7 @@ static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int6
     return pack_pairs(x, first, num_tokens, dim, kPanel, to);
 }
 
-static bool pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
+static float pack_weighted(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int pitch, int room, float* to) {
     return pack_token_pairs<1>(x, first, num_tokens, dim, pitch, room, to);
 }
 

@@ -2,6 +2,9 @@
 
 #include <stdlib.h>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
 #if defined(__linux__)
 #include <sched.h>
 #endif
@@ -43,11 +46,31 @@ struct Scratch {
 
 thread_local Scratch scratch_of_thread;
 
+// How a thread rounds, and what it makes of denormals (torch.set_flush_denormal): helpers compute as the caller does, or the
+// bits would depend on who took which item.
+class FloatMode {
+#if defined(__SSE__)
+public:
+    static FloatMode of_this_thread() { return FloatMode{_mm_getcsr()}; }
+    void set() const { _mm_setcsr((_mm_getcsr() & kRaised) | (bits_ & ~kRaised)); }
+
+private:
+    explicit FloatMode(unsigned bits) : bits_{bits} {}
+    static constexpr unsigned kRaised = 0x3f;  // exceptions that have been
+    unsigned bits_;
+#else
+public:
+    static FloatMode of_this_thread() { return {}; }
+    void set() const {}
+#endif
+};
+
 struct Job {
     Work work;
     void* context;
     int64_t num_items;
     size_t scratch_bytes;
+    FloatMode mode;
     std::atomic<int64_t> next_item{0};
     int helpers_wanted, helpers_at_work = 0;  // guarded by the pool's mutex
 
@@ -55,7 +78,10 @@ struct Job {
     void help() {
         void* scratch = scratch_of_thread.reserve(scratch_bytes);
         if (!scratch) return;
+        const FloatMode own = FloatMode::of_this_thread();
+        mode.set();
         for (int64_t i; (i = next_item.fetch_add(1, std::memory_order_relaxed)) < num_items;) work(context, i, scratch);
+        own.set();
     }
 };
 
@@ -141,7 +167,7 @@ void run_items(int num_threads, int64_t num_items, size_t scratch_bytes, Work wo
     // Without scratch this thread could not do what no other does.
     if (!scratch_of_thread.reserve(scratch_bytes)) throw std::bad_alloc();
     const int threads = static_cast<int>(std::min<int64_t>(num_threads, num_items));
-    Job job{work, context, num_items, scratch_bytes, {}, threads - 1};
+    Job job{work, context, num_items, scratch_bytes, FloatMode::of_this_thread(), {}, threads - 1};
     if (threads <= 1) return job.help();
     if (run_on_openmp(threads, [](void* pointer) { static_cast<Job*>(pointer)->help(); }, &job)) return;
     pool().run(job);
