@@ -45,9 +45,16 @@ class TorchOps(TileByTile):
             return
         dtype = state.acc.dtype
         for block, causal in _blocks(q, k, calls, dtype, 1 + _copies(dtype, q), _copies(dtype, k, v)):
-            inputs = (_ready(x, dtype) for x in (block.queries(q), block.keyed(k), block.keyed(v)))
-            # No name for the result: it would live on beside the next block's.
-            state.select(block.rows, block.heads, block.batch).merge_(*_FLASH(*inputs, 0.0, causal, scale=scale))
+            part = state.select(block.rows, block.heads, block.batch)
+            self._absorb_block(part, block.queries(q), block.keyed(k), block.keyed(v), causal, scale)
+
+    def _absorb_block(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> None:
+        """One call of flash; a function of its own, so that its tensors die before the next one's."""
+        out, lse = _FLASH(*(_ready(x, state.acc.dtype) for x in (q, k, v)), 0.0, causal, scale=scale)
+        if _may_be_unseen(out, lse):
+            self._reference.absorb(state, q, k, v, _corner(q.shape[2], k.shape[2], causal), scale)
+        else:
+            state.merge_(out, lse)
 
     def absorb_gradient(
         self,
@@ -65,7 +72,8 @@ class TorchOps(TileByTile):
     ) -> None:
         calls = _calls(visible, scale) if q.shape[-1] == v.shape[-1] else None
         masked = visible.kind is not Kind.FULL
-        if calls is None or (masked and not all(map(_finite, (q, k, v, do, lse, delta)))):
+        # A row with lse -inf has weights of 0, not exp(-inf + inf).
+        if calls is None or not _finite(lse) or (masked and not all(map(_finite, (q, k, v, do, delta)))):
             self._reference.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, visible, scale)
             return
         dtype = dq.dtype
@@ -102,6 +110,11 @@ class TorchOps(TileByTile):
 def _corner(num_rows: int, num_keys: int, causal: bool) -> RowIntervals:
     """A rectangle, or the diagonal that starts in its corner."""
     return RowIntervals(num_rows, num_keys, Band(upper=1) if causal else Band())
+
+
+def _may_be_unseen(out: Tensor, lse: Tensor) -> bool:
+    """Whether a row may be one whose scores are all -inf: flash gives it out 0 and lse 0, for -inf."""
+    return bool((lse == 0).any()) and bool(((lse == 0) & (out == 0).all(-1)).any())
 
 
 def _finite(x: Tensor) -> bool:
