@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,12 +19,12 @@ from ringspan.transport.contract import Transport
 from ringspan.transport.streams import threads_are_not_captured
 
 MESSAGE_BYTES = 1536
-_HEADER = struct.Struct("<6q")  # refused, call, query length, key length, flipped, bytes of text
+_HEADER = struct.Struct("<7q")  # refused, call, query length, key length, flipped, forward, bytes of text
 _TEXT_BYTES = MESSAGE_BYTES - _HEADER.size
 
 # Names of terms that the comparison itself looks at.
 CALL = "the function that is called"
-RINGS = "replica_groups"
+RINGS = "replica_groups and num_workers"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Terms:
     common: what must be the same on every rank of a ring, by the name that an error gives it.
     num_queries, num_keys: this rank's lengths, which may differ. flipped: which of its tensors lie as
     [.., D, T] in memory, a bit each. transport, device_type: by which means the tensors are to go; in common too.
+    forward: of a backward the number of the call that it belongs to, 0 where this rank does not know.
     """
 
     common: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +43,7 @@ class Terms:
     flipped: int = 0
     transport: str = "auto"
     device_type: str = "cpu"
+    forward: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def agree(
     calls = [answer.call for answer in answers]
     if len(set(calls)) > 1:
         raise DisagreementError(_tell("the number of the call", calls, range(len(calls))))
+    _compare_forwards(answers)
     if rings is None:
         rings = [range(transport.size)]
     else:  # every rank must have the same rings in mind before anything is compared within them
@@ -101,7 +104,7 @@ _memory: WeakKeyDictionary[Transport, dict[bytes, Agreed | None]] = WeakKeyDicti
 def remember(transport: Transport, terms: Terms, agreed: Agreed) -> None:
     """Keep what was agreed on for `agreed_before`; None where the same terms met others on other ranks before."""
     known = _memory.setdefault(transport, {})
-    key = _pack(0, terms)
+    key = _key(terms)
     known[key] = agreed if known.pop(key, agreed) == agreed else None
     while len(known) > _REMEMBERED:
         del known[next(iter(known))]
@@ -112,7 +115,7 @@ def agreed_before(transport: Transport, terms: Terms) -> Agreed:
     if not transport.capturable:
         raise threads_are_not_captured()
     known = _memory.get(transport, {})
-    key = _pack(0, terms)
+    key = _key(terms)
     found = known.get(key)
     if found is None:
         raise UnsupportedError(
@@ -127,6 +130,10 @@ def agreed_before(transport: Transport, terms: Terms) -> Agreed:
     return found
 
 
+def _key(terms: Terms) -> bytes:
+    return _pack(0, replace(terms, forward=0))
+
+
 @dataclass(frozen=True)
 class _Answer:
     refused: bool
@@ -134,14 +141,15 @@ class _Answer:
     num_queries: int
     num_keys: int
     flipped: int
+    forward: int
     text: str
 
 
 def _pack(call: int, terms: Terms | RingspanError) -> bytes:
     if isinstance(terms, RingspanError):
-        head, text = (1, call, 0, 0, 0), f"{type(terms).__name__}: {terms}"
+        head, text = (1, call, 0, 0, 0, 0), f"{type(terms).__name__}: {terms}"
     else:
-        head = (0, call, terms.num_queries, terms.num_keys, terms.flipped)
+        head = (0, call, terms.num_queries, terms.num_keys, terms.flipped, terms.forward)
         text = json.dumps(terms.common, separators=(",", ":"))
     body = text.encode()
     if len(body) > _TEXT_BYTES:
@@ -151,9 +159,26 @@ def _pack(call: int, terms: Terms | RingspanError) -> bytes:
 
 
 def _unpack(message: bytes) -> _Answer:
-    refused, call, num_queries, num_keys, flipped, length = _HEADER.unpack_from(message)
+    refused, call, num_queries, num_keys, flipped, forward, length = _HEADER.unpack_from(message)
     text = message[_HEADER.size : _HEADER.size + length].decode(errors="replace")
-    return _Answer(bool(refused), call, num_queries, num_keys, flipped, text)
+    return _Answer(bool(refused), call, num_queries, num_keys, flipped, forward, text)
+
+
+def _compare_forwards(answers: Sequence[_Answer]) -> None:
+    """Ranks that go back through the same calls in another order: shapes and options are equal, gradients are not."""
+    known = {rank: answer.forward for rank, answer in enumerate(answers) if answer.forward}
+    if len(set(known.values())) <= 1:
+        return
+    by_call: dict[int, list[int]] = {}
+    for rank, number in known.items():
+        by_call.setdefault(number, []).append(rank)
+    raise DisagreementError(
+        explain(
+            "the ranks disagree on which call this is the backward of.",
+            got="; ".join(f"call {number} on {_ranks(ranks)}" for number, ranks in by_call.items()),
+            fix="the same order of backwards on every rank: one backward() of the sum of all losses has it",
+        )
+    )
 
 
 def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: str | None = None) -> None:

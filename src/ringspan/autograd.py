@@ -1,8 +1,8 @@
 """torch.autograd and torch.compile around one call: two custom ops, and the formula that links them.
 
 The whole call (checks, agreement, plan, loop) happens inside of the ops, so that graphs hold one node for it. A
-group travels through a graph by its name. The ops' outputs alias no input. As with every operation that all
-ranks must reach, a rank on which torch.compile drops an unused output leaves the others waiting.
+group travels through a graph by its name. The ops' outputs alias no input. All ranks must reach them, so they count as
+having side effects: torch.compile may drop none, though its outputs are unused, or known without it, being empty.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 
 from ringspan import call, errors
 from ringspan.arguments import Options
@@ -161,3 +162,6 @@ def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Ten
 
 
 attend.register_autograd(_differentiate, setup_context=_keep)
+
+for _op in (attend, attend_backward, refuse_later):
+    has_side_effect(_op._opoverload)

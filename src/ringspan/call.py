@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringspan import execute
 from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
@@ -51,7 +52,10 @@ class Ring:
     def common_terms(self, num_queries: int) -> dict[str, object]:
         terms: dict[str, object] = {}
         if self.groups is not None:
-            terms[RINGS] = f"{len(self.groups)} groups of {len(self.groups[0])}, digest {_digest(self.groups)}"
+            shown = str(self.groups) if len(str(self.groups)) < 100 else f"digest {_digest(self.groups)}"
+            terms[RINGS] = f"{len(self.groups)} of {len(self.groups[0])}: {shown}"
+        elif self.equal_lengths:
+            terms[RINGS] = "one ring of all"
         if self.equal_lengths:
             terms["seqlen"] = num_queries
             terms["whether bounds are given"] = self.bounds is not None
@@ -81,12 +85,14 @@ def forward(
         return terms
 
     with _on_device_of(q):
-        channel, agreed = begin(transport, check, options.agreement, ring)
+        channel, agreed, number = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
-            return execute.forward(job, channel, q, k, v, sinks)
+            out, lse = execute.forward(job, channel, q, k, v, sinks)
+    _forwards.note(lse, number)
+    return out, lse
 
 
 def backward(
@@ -105,10 +111,11 @@ def backward(
         for name, x in (("the gradient of out", do), ("out", out)):
             check_like(name, x, q, (*q.shape[:3], v.shape[3]))
         check_like("lse", lse, q, q.shape[:3], any_dtype=True)
-        return _terms("the backward of ring_attention", (q, k, v, do), options, ring)
+        terms = _terms("the backward of ring_attention", (q, k, v, do), options, ring)
+        return replace(terms, forward=_forwards.number_of(lse))
 
     with _on_device_of(q):
-        channel, agreed = begin(transport, check, options.agreement, ring)
+        channel, agreed, _ = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
@@ -120,6 +127,34 @@ def backward(
             return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
 
 
+class _Forwards:
+    """The number of the call that an lse came from, as long as its memory lives.
+
+    The memory tells, since a graph of torch.compile holds nothing but tensors. A copy (of a rank that keeps what it
+    saved elsewhere) has no number, and then this rank's is not compared.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[
+            int, tuple[StorageWeakRef, int]
+        ] = {}  # a weak reference keeps the address from being another's
+
+    def note(self, lse: Tensor, number: int) -> None:
+        if len(self._known) % 64 == 63:
+            for address, (reference, _) in list(self._known.items()):
+                if reference.expired():
+                    self._known.pop(address, None)
+        reference = StorageWeakRef(lse.untyped_storage())
+        self._known[reference.cdata] = reference, number
+
+    def number_of(self, lse: Tensor) -> int:
+        reference, number = self._known.get(lse.untyped_storage()._cdata, (None, 0))
+        return 0 if reference is None or reference.expired() else number
+
+
+_forwards = _Forwards()
+
+
 def _on_device_of(x: Tensor) -> AbstractContextManager:
     """CUDA's streams, and NCCL, go by the current device: it must be that of the call's tensors."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
@@ -127,8 +162,8 @@ def _on_device_of(x: Tensor) -> AbstractContextManager:
 
 def begin(
     transport: Transport, check: Callable[[], Terms], agreement: bool, ring: Ring = WHOLE_GROUP
-) -> tuple[Channel, Agreed]:
-    """This rank's own check, then the exchange with the others; the channel for what follows.
+) -> tuple[Channel, Agreed, int]:
+    """This rank's own check, then the exchange with the others; the channel for what follows, and the call's number.
 
     While a CUDA graph is captured nothing can be exchanged: what was agreed on in a call before holds.
     """
@@ -142,7 +177,7 @@ def begin(
         call = transport.begin_call()
         agreed = _agreed(transport, call, terms, agreement, ring)
         assert isinstance(terms, Terms)  # a refusal was raised by the agreement
-        return transport.channel(call, members, terms.transport, terms.device_type), agreed
+        return transport.channel(call, members, terms.transport, terms.device_type), agreed, call
 
 
 @contextmanager
@@ -298,8 +333,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "head_dim of v": v.shape[3],
         "dtype": str(q.dtype),
         "device type": q.device.type,
-        "layout": options.layout,
-        "causal and window_size, as (left, right)": [options.left, options.right],
+        **_mask_terms(options, ring),
         "cu_seqlens": documents_in_words(options.cu_seqlens),
         "key_ranges": ranges,
         "softmax_scale": options.scale,
@@ -310,6 +344,16 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     }
     flipped = sum(bit for bit, x in zip((_Q, _K, _V, _DO), tensors, strict=False) if _lies_flipped(x))
     return Terms(common, q.shape[2], k.shape[2], flipped, options.transport, q.device.type)
+
+
+def _mask_terms(options: Options, ring: Ring) -> dict[str, object]:
+    """By the names that the caller knows."""
+    if ring.equal_lengths:  # the SPMD entries
+        return {"use_causal_mask": options.right == 0, "striped_input": options.layout == "striped"}
+    return {
+        "layout": options.layout,
+        "causal and window_size, as (left, right)": [options.left, options.right],
+    }
 
 
 def documents_in_words(cu_seqlens: tuple[int, ...] | None) -> str | None:

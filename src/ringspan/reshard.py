@@ -93,8 +93,8 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> Tensor:
         asked = dim, layout, documents, group
-        channel, agreed, transport = _begin("unshard", x, x.shape[dim], *asked, differentiated)
-        ctx.arguments = *asked, x.shape[dim]
+        channel, agreed, transport, number = _begin("unshard", x, x.shape[dim], *asked, differentiated)
+        ctx.arguments = *asked, x.shape[dim], number
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
@@ -114,9 +114,9 @@ class _Summed(torch.autograd.Function):
     """This rank's shard of the sum of all ranks' tensors; a function of its own, for second derivatives to meet."""
 
     @staticmethod
-    def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, length: int) -> Tensor:
+    def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, length: int, number: int) -> Tensor:
         asked = dim, layout, documents, group
-        channel, agreed, transport = _begin("the backward of unshard", d_full, length, *asked, True)
+        channel, agreed, transport, _ = _begin("the backward of unshard", d_full, length, *asked, True, number)
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             mine = take(d_full, dim, places.ranges(channel.rank))
@@ -136,7 +136,17 @@ class _Summed(torch.autograd.Function):
         raise UnsupportedError("unshard is differentiable once: its second derivative is not computed.")
 
 
-def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, documents, group: str, differentiated: bool):
+def _begin(
+    what: str,
+    x: Tensor,
+    length: int,
+    dim: int,
+    layout: str,
+    documents,
+    group: str,
+    differentiated: bool,
+    forward: int = 0,
+):
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
@@ -144,11 +154,11 @@ def _begin(what: str, x: Tensor, length: int, dim: int, layout: str, documents, 
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["cu_seqlens"] = documents_in_words(documents)
         common["requires_grad"] = differentiated
-        return Terms(common, length, device_type=x.device.type)
+        return Terms(common, length, device_type=x.device.type, forward=forward)
 
     transport = resolve(group)
-    channel, agreed = begin(transport, check, agreement=True)
-    return channel, agreed, transport
+    channel, agreed, number = begin(transport, check, agreement=True)
+    return channel, agreed, transport, number
 
 
 def _swap_with_each(channel: Channel, outgoing, expected) -> Iterator[tuple[int, Tensor]]:
