@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ringspan import arrays, call
-from ringspan.arguments import Options, check_tensor, check_tensors, normalised_options
+from ringspan.arguments import Options, check_alike, check_tensor, check_tensors, normalised_options
 from ringspan.arrays import Array
 from ringspan.call import Ring
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
@@ -59,7 +59,7 @@ def _forward(
         softmax_scale: default 1/sqrt(d). With use_causal_mask q must be pre-scaled and this must be 1.0.
         use_causal_mask: worker r holds positions r*seqlen ...; a query sees keys at or before its position.
         striped_input: worker r holds positions r, r + n, r + 2n, ...; only with use_causal_mask.
-        training: also return lse. lse_dtype: its dtype.
+        training: also return lse. lse_dtype: its dtype; float16 is refused where lse is beyond 65504.
         bound_min, bound_max: [b*h, seqlen, 1], packed documents: local query i sees only local keys j with
             bound_min[i] <= j < bound_max[i] of every worker; only with use_causal_mask and striped_input.
 
@@ -75,9 +75,16 @@ def _forward(
         tensors = {name: arrays.to_torch(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
         _check_inputs(tensors)
         tq, tk, tv = tensors["q"], tensors["k"], tensors["v"]
+        check_alike(tq, tk, tv)
+        axes = (
+            "b h seqlen d" if tp_q else "b h d seqlen",
+            "b h_kv seqlen d" if tp_k else "b h_kv d seqlen",
+            "b h_kv seqlen d",
+        )
+        _check_shapes(tensors, axes, "tp_q and tp_k say how q and k lie: [b, h, d, seqlen] unless True")
         tq, tk = (tq if tp_q else tq.mT), (tk if tp_k else tk.mT)
         check_tensors(tq, tk, tv)
-        _check_sizes(tq, tk, tv)
+        _check_sizes(tq)
         lse_type = _lse_dtype(lse_dtype, tq.dtype)
         arrays.check_returnable(lse_type, kind)
         options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
@@ -88,7 +95,10 @@ def _forward(
     with torch.no_grad():
         out, lse = call.forward(transport, tq, tk, tv, options, ring)
         o = arrays.from_torch(out, kind)
-        return (o, arrays.from_torch(_folded(lse).to(lse_type), kind)) if training else o
+        if not training:
+            return o
+        with call.running(transport):
+            return o, arrays.from_torch(_rounded(_folded(lse), lse_type), kind)
 
 
 def _backward(
@@ -111,10 +121,12 @@ def _backward(
     """Gradients of `ring_attention_spmd_fwd` with respect to this worker's q, k and v.
 
     Args:
-        q_ref, o_ref, dy_ref: [B, N, D, S]; k_ref, v_ref: [B, N_kv, D, S]. lse_ref: the forward's.
+        q_ref, o_ref, dy_ref: [B, N, D, S]; k_ref, v_ref: [B, N_kv, D, S]; of one dtype. lse_ref: the forward's; one
+            in bfloat16 or float16 makes gradients wrong by about 1e-2 or 1e-3.
         softmax_scale: the scale of the scores, default 1/sqrt(D); with use_causal_mask it must be 1.0, and dq is
             then the gradient with respect to the pre-scaled q.
-        mixed_precision: accepted; accumulation is float32 either way. lnc_size: as the forward's [lnc].
+        mixed_precision: accepted; accumulation is float32 either way. lnc_size: from 2 on as the launch [lnc]; 1, the
+            default, leaves a plain call all cores. ring_attention_spmd_bwd[1](...) computes on one.
         bound_min, bound_max: [B, S], or the forward's [B*N, S, 1].
         The rest as in the forward (striped_attention is its striped_input).
 
@@ -127,9 +139,15 @@ def _backward(
         kind = arrays.kind_of(**named, lse_ref=lse_ref)
         tensors = {name: arrays.to_torch(name, x) for name, x in named.items()}
         _check_inputs(tensors)
-        q, k, v, out, dy = (x.mT for x in tensors.values())
+        q, k, v, out, dy = tensors.values()
+        check_alike(q, k, v)
+        _check_shapes(
+            tensors, ("B N D S", "B N_kv D S", "B N_kv D S", "B N D S", "B N D S"), "all five are [B, N, D, S]"
+        )
+        _check_like_q(tensors)
+        q, k, v, out, dy = (x.mT for x in (q, k, v, out, dy))
         check_tensors(q, k, v)
-        _check_sizes(q, k, v)
+        _check_sizes(q)
         _check_cores("lnc_size", lnc_size)
         lse = arrays.to_torch("lse_ref", lse_ref)
         _check_no_grad("lse_ref", lse)
@@ -205,23 +223,32 @@ def _check_no_grad(name: str, x: Tensor) -> None:
         )
 
 
-def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.shape[2] != k.shape[2] or q.shape[2] < 1:
-        raise ArgumentError(
-            explain(
-                "q and k must have one seqlen of at least 1.",
-                got=f"q: {q.shape[2]}, k: {k.shape[2]} (mind tp_q and tp_k: [b, h, d, seqlen] unless True)",
-                fix="ringspan.ring_attention takes unequal lengths",
-            )
-        )
-    if k.shape != v.shape:
-        raise ArgumentError(
-            explain(
-                "k and v must have one d.",
-                got=f"k: {k.shape[3]}, v: {v.shape[3]}",
-                fix="ringspan.ring_attention takes values of another head_dim",
-            )
-        )
+def _check_shapes(tensors: dict[str, Tensor], axes: Sequence[str], hint: str) -> None:
+    """Refuse shapes that do not go together, in the axes that the caller's tensors have."""
+    seen: dict[str, tuple[str, str]] = {}
+    for (name, x), letters in zip(tensors.items(), axes, strict=True):
+        told = f"{name}: {list(x.shape)} as [{letters.replace(' ', ', ')}]"
+        for axis, size in zip(letters.split(), x.shape, strict=True):
+            other, told_of_other = seen.setdefault(axis, (name, told))
+            place = axes[list(tensors).index(other)].split().index(axis)
+            if size != tensors[other].shape[place]:
+                got = f"{told_of_other}; {told}"
+                raise ArgumentError(explain(f"{other} and {name} must have one {axis}.", got=got, fix=hint))
+
+
+def _check_like_q(tensors: dict[str, Tensor]) -> None:
+    q = tensors["q_ref"]
+    for name in ("o_ref", "dy_ref"):
+        x = tensors[name]
+        if x.dtype != q.dtype or x.device != q.device:
+            got = f"q_ref: {q.dtype} on {q.device}, {name}: {x.dtype} on {x.device}"
+            raise ArgumentTypeError(explain(f"{name} must have q_ref's dtype and device.", got=got, fix="use .to()"))
+
+
+def _check_sizes(q: Tensor) -> None:
+    if q.shape[2] < 1:
+        fix = "ringspan.ring_attention takes empty shards"
+        raise ArgumentError(explain("seqlen must be at least 1.", got=str(q.shape[2]), fix=fix))
     if q.shape[3] > 256:
         raise ArgumentError(explain("d must be from 1 to 256.", got=str(q.shape[3])))
 
@@ -337,7 +364,7 @@ def _bound(name: str, bound: Array, q: Tensor) -> np.ndarray:
             explain(
                 f"{name} has the wrong shape.",
                 got=str(list(values.shape)),
-                fix=f"[b*h, seqlen, 1] = [{batch * heads}, {rows}, 1]",
+                fix=f"[b*h, seqlen, 1] = [{batch * heads}, {rows}, 1], or [b, seqlen] = [{batch}, {rows}]",
             )
         )
     if np.isnan(values).any():
@@ -362,6 +389,20 @@ def _folded(lse: Tensor) -> Tensor:
     padded = lse.new_zeros(batch, heads, columns * LSE_ROWS)
     padded[..., :rows] = torch.where(lse == NEVER, 0.0, lse)
     return padded.view(batch, heads, columns, LSE_ROWS).mT.contiguous()
+
+
+def _rounded(lse: Tensor, dtype: torch.dtype) -> Tensor:
+    rounded = lse.to(dtype)
+    # Only float16 has less range than lse: its inf would make every gradient of the row 0.
+    if dtype == torch.float16 and bool((rounded.isinf() & lse.isfinite()).any()):
+        raise ArgumentError(
+            explain(
+                "lse does not fit into float16.",
+                got=f"an lse of {float(lse[lse.isfinite()].abs().max()):.6g}, the largest number is 65504",
+                fix="lse_dtype=torch.float32",
+            )
+        )
+    return rounded
 
 
 def _unfolded(lse: Tensor, q: Tensor) -> Tensor:

@@ -197,7 +197,10 @@ def _carried_modes() -> Callable[[], AbstractContextManager]:
 
 
 class _ThreadShares:
-    """torch.set_num_threads is one setting for the whole process: the outermost run_local sets and restores it."""
+    """torch.set_num_threads holds for a thread, and for those that start later: the first run_local sets it, and each
+    sets the number from before in its caller's thread, since others may have begun while it ran. Not a worker's: it has
+    its share.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -206,6 +209,7 @@ class _ThreadShares:
 
     @contextmanager
     def shared_by(self, num_workers: int):
+        in_worker = current_group() is not None
         with self._lock:
             self._depth += 1
             if self._depth == 1:
@@ -216,7 +220,7 @@ class _ThreadShares:
         finally:
             with self._lock:
                 self._depth -= 1
-                if self._depth == 0:
+                if not in_worker:
                     torch.set_num_threads(self._before)
 
 
