@@ -99,6 +99,15 @@ class TestReference(KernelBehaviour):
         super().test_it_is_exact_for_whatever_comes()
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+def test_products_of_the_reference_are_exact_where_the_user_allows_tf32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        TestReference().check(make_tile(RowIntervals(300, 500), heads=4, kv_heads=2, dim=320))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def forced(library: Library, own=None, fewest: int = 64) -> TorchCuda:
     """That library for every tile it can serve, whatever was measured; small ones too."""
     return TorchCuda(

@@ -68,7 +68,8 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, dtype: torch
         scores, rows = group * num_rows * num_keys, group * num_rows + num_keys
         return num_kv * (_SCORE_SIZED * scores + _ROW_SIZED * rows * dim)
 
-    return blocks(q, k, visible, scratch_elements, SCRATCH_BYTES // dtype.itemsize, smallest=16)
+    itemsize = 8 if _rounds(dtype, q.device) else dtype.itemsize  # what is alive twice, in both dtypes, fits that too
+    return blocks(q, k, visible, scratch_elements, SCRATCH_BYTES // itemsize, smallest=16)
 
 
 def _grouped(x: Tensor, block: Block) -> Tensor:
@@ -93,8 +94,20 @@ def _seen(block: Block, visible: RowIntervals, device: torch.device) -> Tensor |
     return (lo[..., None] <= key) & (key < hi[..., None])
 
 
+def _rounds(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's products of such tensors lose most of their digits: float32 where the user allows TF32."""
+    return dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    # The user's setting is for his own products, and is one for all threads: it is to be neither obeyed nor changed.
+    if _rounds(a.dtype, a.device):
+        return torch.matmul(a.double(), b.double()).to(a.dtype)
+    return torch.matmul(a, b)
+
+
 def _scores(q: Tensor, k: Tensor, seen: Tensor | None, scale: float) -> Tensor:
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(scale)
+    scores = _matmul(q, k.transpose(-1, -2)).mul_(scale)
     return scores if seen is None else scores.masked_fill_(~seen, NEVER)
 
 
@@ -121,7 +134,7 @@ def _gradient_block(
     # A row that saw nothing anywhere has lse = -inf; +inf in its place gives it weight 0 everywhere.
     lse = torch.where(lse == NEVER, math.inf, lse)
     weights = _scores(q, k, seen, scale).sub_(lse.unsqueeze(-1)).exp_()
-    d_scores = torch.matmul(do, v.transpose(-1, -2)).sub_(delta.unsqueeze(-1)).mul_(weights)
+    d_scores = _matmul(do, v.transpose(-1, -2)).sub_(delta.unsqueeze(-1)).mul_(weights)
     seen_back = None
     if seen is not None:
         # Masked: 0 whatever came of it (0 * NaN is NaN).
@@ -142,12 +155,12 @@ def _product(weights: Tensor, operand: Tensor, seen: Tensor | None) -> Tensor:
     """
     finite = torch.isfinite(operand)
     if seen is None or bool(finite.all()):
-        return torch.matmul(weights, operand)
-    clean = torch.matmul(weights, torch.where(finite, operand, 0.0))
+        return _matmul(weights, operand)
+    clean = _matmul(weights, torch.where(finite, operand, 0.0))
     sees = seen.to(weights.dtype).expand(weights.shape)
 
     def meets(which: Tensor) -> Tensor:
-        return torch.matmul(sees, which.to(weights.dtype)) > 0
+        return _matmul(sees, which.to(weights.dtype)) > 0
 
     up, down, nan = meets(operand == math.inf), meets(operand == -math.inf), meets(torch.isnan(operand))
     clean = torch.where(up, math.inf, torch.where(down, -math.inf, clean))
