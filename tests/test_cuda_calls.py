@@ -8,9 +8,11 @@ from processes import results, run_processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
-from ringspan import call, run_local
+from ringspan import call, execute, run_local
 from ringspan.agreement import Terms
 from ringspan.errors import ArgumentError, UnsupportedError
+from ringspan.kernels.contract import captures
+from ringspan.kernels.table import FOR_AN_ONLY_TILE, KERNELS
 from ringspan.kernels.triton_bounds import bounds
 from ringspan.tile import Band, RowIntervals
 from ringspan.transport.contract import Transport
@@ -126,7 +128,43 @@ def test_documents_are_refused_in_a_capture_and_the_group_goes_on(backward, monk
         captured.on = False
         return torch.equal(before, ringspan.ring_attention(x, x, x, cu_seqlens=[0, 7, 20], group=group))
 
+    monkeypatch.setattr(call, "captures", lambda kernel: True)
     assert run_local(work, 1) == [True]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_kernel_that_waits_for_the_gpu_under_a_mask_is_not_captured_and_the_group_goes_on(backward, monkeypatch):
+    captured = SimpleNamespace(on=False)
+    monkeypatch.setattr(call, "_is_captured", lambda device_type: captured.on)
+
+    def work(group):
+        x = torch.randn(1, 2, 20, 16, dtype=torch.float64, requires_grad=True)
+        again = lambda **mask: ringspan.ring_attention(x, x, x, kernel="reference", group=group, **mask)  # noqa: E731
+        before = again(causal=True)
+        captured.on = True
+        with pytest.raises(UnsupportedError, match=r"cannot be captured(.|\n)*'reference'(.|\n)*float64"):
+            before.sum().backward() if backward else again(causal=True)
+        again()  # which asks the GPU nothing
+        captured.on = False
+        return torch.equal(before, again(causal=True))
+
+    monkeypatch.setattr(execute, "forward", counted(execute.forward))
+    assert run_local(work, 1) == [True]
+    assert execute.forward.num_calls == 3, "what is refused is refused before it begins"
+
+
+def counted(function):
+    def counting(*args):
+        counting.num_calls += 1
+        return function(*args)
+
+    counting.num_calls = 0
+    return counting
+
+
+def test_only_kernels_that_say_so_are_captured():
+    of_gpus = {kernel.name for kernel in (*KERNELS, *FOR_AN_ONLY_TILE) if captures(kernel)}
+    assert of_gpus == {"triton", "torch_cuda"}
 
 
 def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():

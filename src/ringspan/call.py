@@ -20,12 +20,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ringspan import execute
 from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
 from ringspan.arguments import Options, check_documents, check_like, check_ranges, check_tensors
-from ringspan.errors import ArgumentError, LayoutError, RingspanError, explain
+from ringspan.errors import ArgumentError, LayoutError, RingspanError, UnsupportedError, explain
 from ringspan.kernels import table as kernel_table
-from ringspan.kernels.contract import Kernel
+from ringspan.kernels.contract import Kernel, captures
 from ringspan.kernels.triton_bounds import mask_is_not_captured
 from ringspan.layout import Layout, from_lengths
-from ringspan.problem import Mask, Problem
+from ringspan.problem import UNBOUNDED, Mask, Problem
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Transport
@@ -87,7 +87,7 @@ def forward(
     with _on_device_of(q):
         channel, agreed, number = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
-            _check_capture(q, options, ring)
+            _check_capture(q, v, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
             out, lse = execute.forward(job, channel, q, k, v, sinks)
@@ -117,7 +117,7 @@ def backward(
     with _on_device_of(q):
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
-            _check_capture(q, options, ring)
+            _check_capture(q, v, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
         with running(transport):
             dtype = state_dtype(q.dtype)
@@ -196,11 +196,26 @@ def _is_captured(device_type: str) -> bool:
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _check_capture(q: Tensor, options: Options, ring: Ring) -> None:
-    """Of a mask that a kernel may refuse to capture, on every rank alike: before any of them has begun."""
-    spelled_out = (options.cu_seqlens, options.key_ranges, ring.bounds)
-    if any(rule is not None for rule in spelled_out) and _is_captured(q.device.type):
+def _check_capture(q: Tensor, v: Tensor, options: Options, ring: Ring) -> None:
+    """Of a mask, or a mask's kernel, that no graph can hold, on every rank alike: before any of them has begun."""
+    if not _is_captured(q.device.type):
+        return
+    if any(rule is not None for rule in (options.cu_seqlens, options.key_ranges, ring.bounds)):
         raise mask_is_not_captured()
+    kernel = _kernel_for(options, q, v)
+    if (options.left, options.right) != (UNBOUNDED, UNBOUNDED) and not captures(kernel):
+        raise UnsupportedError(
+            explain(
+                "this masked call cannot be captured into a CUDA graph.",
+                got=f"kernel {kernel.name!r}, which waits for the GPU in the middle of it: {q.dtype}, head_dim "
+                f"{max(q.shape[3], v.shape[3])}",
+                fix='what kernel="triton" serves, a call without a mask, or run this one outside of the graph',
+            )
+        )
+
+
+def _kernel_for(options: Options, q: Tensor, v: Tensor, only_tile: bool = False) -> Kernel:
+    return kernel_table.choose(options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]), only_tile)
 
 
 def _agreed(transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring) -> Agreed:
@@ -274,7 +289,7 @@ def _decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Te
     )
     itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
     problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])
-    kernel = partial(kernel_table.choose, options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]))
+    kernel = partial(_kernel_for, options, q, v)
     scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
     return _Decided(problem, queries, keys, kernel, scale, channel.rank)
 
@@ -323,7 +338,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         digest = _digest(tuple(part.digest for part in options.key_ranges))
         ranges = f"{len(options.key_ranges)} for each of {options.key_ranges[0].num_queries} queries, digest {digest}"
     # Chosen again after the exchange; here, so that a rank whose kernels all decline refuses before it.
-    kernel_table.choose(options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]))
+    _kernel_for(options, q, v)
     common = {
         CALL: call,
         "batch": q.shape[0],

@@ -71,6 +71,11 @@ class Kernel(Protocol):
         """Add one tile's part to the gradients."""
 
 
+def captures(kernel: Kernel) -> bool:
+    """Whether a CUDA graph can hold its masked tiles: some kernels wait for the GPU there, and say nothing of it."""
+    return getattr(kernel, "captures", False)
+
+
 class TileByTile:
     """For kernels to which several tiles are no less work than each alone."""
 

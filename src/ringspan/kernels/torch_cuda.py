@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ringspan.kernels import measured
-from ringspan.kernels.contract import SCRATCH_BYTES, Kernel, TileByTile
+from ringspan.kernels.contract import SCRATCH_BYTES, Kernel, TileByTile, captures
 from ringspan.kernels.measured import Capability, Choose
 from ringspan.state import SoftmaxState
 from ringspan.tile import Kind, RowIntervals
@@ -104,6 +104,7 @@ class TorchCuda(TileByTile):
         fewest: int = _FEWEST,
     ) -> None:
         self._own = own
+        self.captures = captures(own)
         self._libraries = {library.name: library for library in libraries}
         self._choose = choose
         self._device_type = device_type

@@ -28,6 +28,7 @@ _SMALLEST_FACTOR = 2.0**-100  # in place of 0, which would make NaN of a hidden 
 class Triton(TileByTile):
     name = "triton"
     sets_threads = False
+    captures = True
 
     def __init__(self, configs: Callable[[tuple[int, int] | None, int, int], Configs] = configs) -> None:
         self._configs = configs
