@@ -15,7 +15,10 @@ from ringspan.kernels.contract import captures
 from ringspan.kernels.table import FOR_AN_ONLY_TILE, KERNELS
 from ringspan.kernels.triton_bounds import bounds
 from ringspan.tile import Band, RowIntervals
+from ringspan.transport import local
 from ringspan.transport.contract import Transport
+from ringspan.transport.local import alone
+from ringspan.transport.streams import streams_of
 
 
 class Recording(Transport):
@@ -103,6 +106,18 @@ def test_a_ring_of_threads_is_not_captured(capturing):
     capturing.on = True
     with pytest.raises(NotImplementedError, match="ring of threads cannot be captured"):
         run_local(lambda group: begin(group.transport), 2, timeout=30)
+
+
+def test_a_ring_of_threads_is_not_captured_without_an_agreement_either(capturing):
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match="ring of threads cannot be captured"):
+        run_local(lambda group: begin(group.transport, agreement=False), 2, timeout=30)
+
+
+def test_a_ring_of_one_without_a_process_group_is_captured_without_a_call_before(capturing, monkeypatch):
+    monkeypatch.setattr(local, "streams_of", lambda device_type: streams_of("cpu"))
+    capturing.on = True
+    assert begin(alone().transport).key_lengths == (8,)
 
 
 def test_threads_do_not_join_a_capture_that_they_could_not_leave(capturing, monkeypatch):

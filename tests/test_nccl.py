@@ -17,12 +17,14 @@ from whole import Case, check
 
 import ringspan
 from ringspan import call, execute
+from ringspan.agreement import Terms
 from ringspan.arguments import Options
 from ringspan.layout import from_lengths, split
 from ringspan.problem import Mask
 from ringspan.schedule.ring import ring_schedule
 from ringspan.transport import torch_dist
 from ringspan.transport.contract import Channel, Parcel, Pending, allocate
+from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.torch_dist import TorchDistTransport
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
@@ -279,6 +281,39 @@ def test_races_show_when_waiting_orders_no_stream(nccl, monkeypatch):
 
 def test_races_show_when_transfers_do_not_begin_after_the_poster_s_stream(nccl):
     assert any("NCCL" in race for race in races_of(CASES[0], follows=False))
+
+
+@pytest.mark.parametrize("agreement", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_ranks_that_have_not_met_do_not_meet_in_a_capture(nccl, monkeypatch, num_ranks, agreement):
+    captured = []
+    monkeypatch.setattr(call, "_is_captured", lambda device_type: bool(captured))
+    world = fake_nccl.World(num_ranks)
+
+    def work(transport):
+        transport = ProcessGroupTransport(transport.group)
+        monkeypatch.setattr(transport, "_tried", not captured)  # shared memory is not what this is about
+        begun = lambda layout="zigzag": call.begin(transport, lambda: terms(layout), agreement)  # noqa: E731
+        if captured:
+            with pytest.raises(ringspan.UnsupportedError, match=r"no call with tensors on GPUs before, on this group"):
+                begun()
+            return None
+        return transport, begun, begun()[1]
+
+    terms = lambda layout: Terms({"layout": layout}, 8, 8, device_type="cuda")  # noqa: E731
+    captured.append(True)
+    ranks(world, work)
+    assert world.num_batches == 0
+    captured.clear()
+    met = ranks(world, work)
+    num_batches = world.num_batches
+    captured.append(True)
+    for _, begun, agreed in met:
+        assert begun()[1] == agreed
+        if agreement:
+            with pytest.raises(ringspan.UnsupportedError, match="no call with these arguments before"):
+                begun("striped")
+    assert world.num_batches == num_batches > 0
 
 
 @pytest.mark.parametrize("tokens", [42, 45])

@@ -101,37 +101,47 @@ _REMEMBERED = 64  # different calls of one group
 _memory: WeakKeyDictionary[Transport, dict[bytes, Agreed | None]] = WeakKeyDictionary()
 
 
-def remember(transport: Transport, terms: Terms, agreed: Agreed) -> None:
-    """Keep what was agreed on for `agreed_before`; None where the same terms met others on other ranks before."""
+def remember(transport: Transport, terms: Terms, agreed: Agreed | None) -> None:
+    """Keep what was agreed on for `agreed_before`; None where the same terms met others on other ranks before.
+
+    agreed None: nothing was, but the ranks have met.
+    """
     known = _memory.setdefault(transport, {})
+    if agreed is None:
+        return
     key = _key(terms)
     known[key] = agreed if known.pop(key, agreed) == agreed else None
     while len(known) > _REMEMBERED:
         del known[next(iter(known))]
 
 
-def agreed_before(transport: Transport, terms: Terms) -> Agreed:
-    """What a call with these terms agreed on, where no exchange is possible; raises UnsupportedError."""
+def check_met(transport: Transport) -> None:
+    """Refuse a capture where the ranks would first have to meet; on every rank alike, and before they try to."""
     if not transport.capturable:
         raise threads_are_not_captured()
-    known = _memory.get(transport, {})
-    key = _key(terms)
-    found = known.get(key)
+    if transport not in _memory:
+        raise _not_known("no call with tensors on GPUs before, on this group")
+
+
+def agreed_before(transport: Transport, terms: Terms) -> Agreed:
+    """What a call with these terms agreed on, where no exchange is possible; raises UnsupportedError."""
+    known, key = _memory[transport], _key(terms)
+    if key not in known:
+        raise _not_known("no call with these arguments before")
+    found = known[key]
     if found is None:
-        raise UnsupportedError(
-            explain(
-                "a CUDA graph is being captured, and what the ranks agree on is not known.",
-                got="no call with these arguments before"
-                if key not in known
-                else "calls with these arguments, which met different lengths or memory layouts on other ranks",
-                fix="make this call once, forward and backward, on every rank before the capture",
-            )
-        )
+        raise _not_known("calls with these arguments, which met different lengths or memory layouts on other ranks")
     return found
 
 
 def _key(terms: Terms) -> bytes:
     return _pack(0, replace(terms, forward=0))
+
+
+def _not_known(got: str) -> UnsupportedError:
+    headline = "a CUDA graph is being captured, and what the ranks agree on is not known."
+    fix = "make this call once, forward and backward, on every rank before the capture"
+    return UnsupportedError(explain(headline, got=got, fix=fix))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringspan import execute
-from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, remember, unchecked
+from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, check_met, remember, unchecked
 from ringspan.arguments import Options, check_documents, check_like, check_ranges, check_tensors
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, UnsupportedError, explain
 from ringspan.kernels import table as kernel_table
@@ -174,10 +174,16 @@ def begin(
             terms = check()
         except Exception as error:  # whatever it is, the others must hear of it now and not wait
             terms = _refusal(error)
+        captured = isinstance(terms, Terms) and _is_captured(terms.device_type) and not _is_alone(transport)
+        if captured:
+            check_met(transport)
         call = transport.begin_call()
-        agreed = _agreed(transport, call, terms, agreement, ring)
+        agreed = _agreed(transport, call, terms, agreement, ring, captured)
         assert isinstance(terms, Terms)  # a refusal was raised by the agreement
-        return transport.channel(call, members, terms.transport, terms.device_type), agreed, call
+        channel = transport.channel(call, members, terms.transport, terms.device_type)
+        if terms.device_type == "cuda" and transport.capturable and not captured:
+            remember(transport, terms, agreed if agreement else None)
+        return channel, agreed, call
 
 
 @contextmanager
@@ -218,15 +224,20 @@ def _kernel_for(options: Options, q: Tensor, v: Tensor, only_tile: bool = False)
     return kernel_table.choose(options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]), only_tile)
 
 
-def _agreed(transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring) -> Agreed:
+def _is_alone(transport: Transport) -> bool:
+    """A ring of one without a process group, which has nobody to meet; a process group of one goes through NCCL too."""
+    return transport.size == 1 and not transport.capturable
+
+
+def _agreed(
+    transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring, captured: bool
+) -> Agreed:
     if not agreement:
         return unchecked(terms, len(ring.members(transport)))
-    if transport.size > 1 and isinstance(terms, Terms) and _is_captured(terms.device_type):
+    if captured:
+        assert isinstance(terms, Terms)
         return agreed_before(transport, terms)
-    agreed = agree(transport, call, terms, ring.groups)
-    if isinstance(terms, Terms) and terms.device_type == "cuda":
-        remember(transport, terms, agreed)
-    return agreed
+    return agree(transport, call, terms, ring.groups)
 
 
 def refuse(transport: Transport, error: Exception) -> NoReturn:

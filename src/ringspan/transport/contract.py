@@ -116,7 +116,8 @@ class Channel(ABC):
 
 
 class Transport(ABC):
-    """One rank's end of a group. capturable: whether transfers between GPUs can be captured into a CUDA graph."""
+    """One rank's end of a group. capturable: whether transfers between GPUs can be captured into a CUDA graph, once
+    the ranks have met."""
 
     rank: int
     size: int
