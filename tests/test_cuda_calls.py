@@ -1,5 +1,6 @@
 """What a call with CUDA tensors does before and around its kernels, told without a GPU: capture, graphs, refusals."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,9 @@ from processes import results, run_processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
-from ringspan import call, execute, run_local
+from ringspan import call, execute, reshard, run_local
 from ringspan.agreement import Terms
+from ringspan.arguments import Options
 from ringspan.errors import ArgumentError, UnsupportedError
 from ringspan.kernels.contract import captures
 from ringspan.kernels.table import FOR_AN_ONLY_TILE, KERNELS
@@ -180,6 +182,48 @@ def counted(function):
 def test_only_kernels_that_say_so_are_captured():
     of_gpus = {kernel.name for kernel in (*KERNELS, *FOR_AN_ONLY_TILE) if captures(kernel)}
     assert of_gpus == {"triton", "torch_cuda"}
+
+
+class Begun(Exception):
+    pass
+
+
+@pytest.fixture
+def begun_on(monkeypatch):
+    """Current devices, one inside the other, where a call talks to the other ranks; which ends it."""
+    entered, found = [], []
+
+    @contextmanager
+    def device(which):
+        entered.append(str(which))
+        yield
+        entered.pop()
+
+    def begin(*_, **__):
+        found.append(list(entered))
+        raise Begun
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for module in (call, reshard):
+        monkeypatch.setattr(module, "begin", begin)
+    monkeypatch.setattr(call, "agree", begin)
+    return found
+
+
+@pytest.mark.parametrize("name", ["forward", "unshard", "its backward", "a refusal", "a refused unshard", "spmd"])
+def test_ranks_talk_to_each_other_on_the_gpu_of_the_call_s_tensors(begun_on, name):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        x = torch.empty(1, 2, 8, 16, device="cuda:1")
+        with pytest.raises(Begun):
+            {
+                "forward": lambda: call.forward(alone().transport, x, x, x, Options()),
+                "unshard": lambda: reshard.unshard(x, 2, "contiguous", "alone"),
+                "its backward": lambda: reshard._Summed.apply(x, 2, "contiguous", None, "alone", 8),
+                "a refusal": lambda: ringspan.ring_attention(x, x, x, layout="spiral"),
+                "a refused unshard": lambda: ringspan.unshard(x, 4),
+                "spmd": lambda: ringspan.ring_attention_spmd_fwd(x, x, x, num_workers=0),
+            }[name]()
+    assert begun_on == [["cuda:1"]]
 
 
 def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():

@@ -153,7 +153,7 @@ def ring_attention(
         if agreement is False:
             raise
         if not torch.compiler.is_compiling():
-            call.refuse(resolve(name), error)
+            call.refuse(resolve(name), error, q, k, v)
         if not isinstance(q, Tensor):
             raise
         # While a graph is traced ranks cannot talk: it tells them when it runs.
@@ -231,7 +231,7 @@ def unshard(
         documents = documents_of(documents_tensor(cu_seqlens))
         split(layout, documents[-1] if documents else 0, 1, documents)
     except Exception as error:
-        call.refuse(resolve(name), error)
+        call.refuse(resolve(name), error, x)
     return reshard.unshard(x, dim, layout, name, documents)
 
 

@@ -41,7 +41,7 @@ def attend(
     gradients: str,
 ) -> tuple[Tensor, Tensor]:
     options = _options(
-        group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+        q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
     )
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
@@ -73,7 +73,7 @@ def attend_backward(
     gradients: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = _options(
-        group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+        q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
     )
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
@@ -96,7 +96,7 @@ attend_backward.register_autograd(_refuse_second_derivative)
 @torch.library.custom_op("ringspan::refuse", mutates_args=())
 def refuse_later(q: Tensor, value_dim: int, kind: str, message: str, group: str) -> tuple[Tensor, Tensor]:
     """What a graph holds of a call that was refused while it was traced: the other ranks hear of it when it runs."""
-    call.refuse(resolve(group), getattr(errors, kind, errors.ArgumentError)(message))
+    call.refuse(resolve(group), getattr(errors, kind, errors.ArgumentError)(message), q)
 
 
 @refuse_later.register_fake
@@ -109,7 +109,7 @@ refuse_later.register_autograd(lambda ctx, *_: (None,) * 5)
 
 
 def _options(
-    group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+    q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
 ) -> Options:
     """What an op was given as the call knows it. If a mask's values cannot be had, the other ranks must hear of it."""
     try:
@@ -118,7 +118,7 @@ def _options(
     except Exception as error:
         if not agreement:
             raise
-        call.refuse(resolve(group), error)
+        call.refuse(resolve(group), error, q)
     return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, gradients)
 
 
@@ -141,7 +141,7 @@ def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
     except Exception as error:  # a tensor was changed in place here, say: the other ranks must hear of it
         if agreement and gradients != "sinks":
             with contextlib.suppress(RingspanError):
-                call.refuse(resolve(group), error)
+                call.refuse(resolve(group), error, d_out, d_lse)
         raise
     if gradients == "sinks":  # of nothing else, on any rank; and a sink's gradient is of this rank's rows
         grads = None, None, None

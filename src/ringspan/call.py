@@ -84,7 +84,7 @@ def forward(
         terms.common["whether there are sinks"] = sinks is not None
         return terms
 
-    with _on_device_of(q):
+    with on_device_of(q):
         channel, agreed, number = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, v, options, ring)
@@ -114,7 +114,7 @@ def backward(
         terms = _terms("the backward of ring_attention", (q, k, v, do), options, ring)
         return replace(terms, forward=_forwards.number_of(lse))
 
-    with _on_device_of(q):
+    with on_device_of(q):
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, v, options, ring)
@@ -155,9 +155,13 @@ class _Forwards:
 _forwards = _Forwards()
 
 
-def _on_device_of(x: Tensor) -> AbstractContextManager:
-    """CUDA's streams, and NCCL, go by the current device: it must be that of the call's tensors."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+def on_device_of(*given: object) -> AbstractContextManager:
+    """CUDA's streams, and NCCL, go by the current device: it must be that of the call's tensors.
+
+    given: these, or whatever was passed for them.
+    """
+    found = next((x.device for x in given if isinstance(x, Tensor) and x.device.type == "cuda"), None)
+    return nullcontext() if found is None else torch.cuda.device(found)
 
 
 def begin(
@@ -240,10 +244,13 @@ def _agreed(
     return agree(transport, call, terms, ring.groups)
 
 
-def refuse(transport: Transport, error: Exception) -> NoReturn:
-    """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises."""
+def refuse(transport: Transport, error: Exception, *given: object) -> NoReturn:
+    """Take part in the agreement of a call that this rank refuses, so that no rank waits for it; raises.
+
+    given: what was passed for its tensors.
+    """
     refusal = _refusal(error)
-    with _interruption_told(transport):
+    with on_device_of(*given), _interruption_told(transport):
         agree(transport, transport.begin_call(), refusal)
     raise refusal
 

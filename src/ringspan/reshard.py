@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ringspan.agreement import CALL, Terms
 from ringspan.arguments import documents_of
-from ringspan.call import begin, documents_in_words, running
+from ringspan.call import begin, documents_in_words, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.state import state_dtype
@@ -93,8 +93,15 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> Tensor:
         asked = dim, layout, documents, group
-        channel, agreed, transport, number = _begin("unshard", x, x.shape[dim], *asked, differentiated)
+        with on_device_of(x):
+            full, number = _Unshard._gathered(x, *asked, differentiated)
         ctx.arguments = *asked, x.shape[dim], number
+        return full
+
+    @staticmethod
+    def _gathered(x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> tuple[Tensor, int]:
+        asked = dim, layout, documents, group
+        channel, agreed, transport, number = _begin("unshard", x, x.shape[dim], *asked, differentiated)
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
@@ -103,7 +110,7 @@ class _Unshard(torch.autograd.Function):
             for peer, arrived in _swap_with_each(channel, lambda _: mine, lambda peer: _like(x, dim, places, peer)):
                 _put(full, dim, places.ranges(peer), arrived)
             channel.close()
-        return full
+        return full, number
 
     @staticmethod
     def backward(ctx, d_full: Tensor):
@@ -114,7 +121,12 @@ class _Summed(torch.autograd.Function):
     """This rank's shard of the sum of all ranks' tensors; a function of its own, for second derivatives to meet."""
 
     @staticmethod
-    def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, length: int, number: int) -> Tensor:
+    def forward(ctx, d_full: Tensor, *arguments) -> Tensor:
+        with on_device_of(d_full):
+            return _Summed._of_all_ranks(d_full, *arguments)
+
+    @staticmethod
+    def _of_all_ranks(d_full: Tensor, dim: int, layout: str, documents, group: str, length: int, number: int) -> Tensor:
         asked = dim, layout, documents, group
         channel, agreed, transport, _ = _begin("the backward of unshard", d_full, length, *asked, True, number)
         with running(transport):

@@ -91,7 +91,7 @@ def _forward(
         bounds = _bounds(bound_min, bound_max, tq, use_causal_mask and striped_input)
         ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
-        call.refuse(transport, error)
+        call.refuse(transport, error, q, k, v)
     with torch.no_grad():
         out, lse = call.forward(transport, tq, tk, tv, options, ring)
         o = arrays.from_torch(out, kind)
@@ -156,7 +156,7 @@ def _backward(
         bounds = _bounds(bound_min, bound_max, q, use_causal_mask and striped_attention)
         ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
-        call.refuse(transport, error)
+        call.refuse(transport, error, q_ref, k_ref, v_ref)
     # Without a launch, lnc_size says how many cores; the default 1 leaves a plain call all that the worker has.
     with torch.no_grad(), limited_to(lnc_size) if lnc_size > 1 else nullcontext():
         grads = call.backward(transport, dy, None, (q, k, v, out, lse), options, ring)
