@@ -6,6 +6,7 @@ import pytest
 import torch
 from happens_before import Recorder, Watched, fake_torch
 
+import ringspan
 from ringspan import call, run_local
 from ringspan.arguments import Options
 from ringspan.layout import from_lengths
@@ -126,6 +127,33 @@ def test_without_any_one_of_its_events_a_ring_of_threads_has_races(recorder, mon
     monkeypatch.setattr(CudaStreams, name, sometimes)
     ring_of_threads(recorder)
     assert left_out and recorder.races
+
+
+def test_the_caller_s_stream_follows_that_of_a_worker_that_failed(recorder):
+    with Watched(recorder):
+        mine = [torch.zeros(3) for _ in range(2)]
+
+    def work(group):
+        with Watched(recorder):
+            mine[group.rank()].add_(1)
+        if group.rank() == 1:
+            raise ValueError("out of luck")
+
+    with pytest.raises(ringspan.WorkerError, match="rank 1 of run_local raised ValueError: out of luck"):
+        run_local(work, 2)
+    with Watched(recorder):
+        for x in mine:
+            x.zero_()
+    assert recorder.num_accesses >= 6 and recorder.races == []
+
+
+def test_the_error_of_a_worker_comes_out_where_its_gpu_is_done_for(recorder, monkeypatch):
+    def work(group):
+        monkeypatch.setattr(CudaStreams, "mark", lambda self: 1 / 0)
+        raise ValueError("an illegal access")
+
+    with pytest.raises(ringspan.WorkerError, match="ValueError: an illegal access"):
+        run_local(work, 1)
 
 
 def rings_inside_of_rings(recorder) -> list[tuple[str, list[str]]]:

@@ -117,7 +117,10 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         try:
             with _entered(group), carry(), streams.own(group.rank()):
                 streams.follow(begin)
-                results[group.rank()] = fn(group, *args)
+                try:
+                    results[group.rank()] = fn(group, *args)
+                except BaseException as error:  # told here, since a GPU that is done for refuses the mark too
+                    board.fail(group.rank(), error)
                 ends[group.rank()] = streams.mark()
         except BaseException as error:  # also KeyboardInterrupt: the others must not wait for this worker
             board.fail(group.rank(), error)
