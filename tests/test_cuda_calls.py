@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
 from ringspan import call, execute, reshard, run_local
-from ringspan.agreement import Terms
+from ringspan.agreement import CALL, DEVICE_TYPE, RINGS, Terms, agree
 from ringspan.arguments import Options
-from ringspan.errors import ArgumentError, UnsupportedError
+from ringspan.errors import ArgumentError, DisagreementError, UnsupportedError
 from ringspan.kernels.contract import captures
 from ringspan.kernels.table import FOR_AN_ONLY_TILE, KERNELS
 from ringspan.kernels.triton_bounds import bounds
@@ -253,6 +253,27 @@ def test_a_compiled_call_on_cuda_is_one_operation_of_a_graph():
         out = torch.compile(fn, fullgraph=True, backend=backend)(q, q, q)
     assert out.device.type == "cuda"
     assert seen == ["ringspan.attend.default", "<built-in function getitem>", "<built-in function mul>"]
+
+
+def test_rings_side_by_side_have_tensors_of_one_device_type():
+    """Else one of them would wait for the other in the first transfer between GPUs, which is one of all ranks."""
+
+    def work(group):
+        device = "cuda" if group.rank() < 2 else "cpu"
+        terms = Terms({CALL: "f", RINGS: "2 groups of 2", DEVICE_TYPE: device}, 8, 8, device_type=device)
+        told = r"disagree on device type(.|\n)*'cuda' on ranks 0, 1; 'cpu' on ranks 2, 3(.|\n)*every rank of the group"
+        with pytest.raises(DisagreementError, match=told):
+            agree(group.transport, group.transport.begin_call(), terms, ((0, 1), (2, 3)))
+
+    run_local(work, 4, timeout=30)
+
+
+def test_unshard_compares_device_types():
+    def work(group):
+        with pytest.raises(DisagreementError, match=r"disagree on device type(.|\n)*'cpu' on rank 0; 'meta' on rank 1"):
+            ringspan.unshard(torch.zeros(4, device="meta" if group.rank() else "cpu"), 0, group=group)
+
+    run_local(work, 2, timeout=30)
 
 
 @pytest.mark.parametrize("place", [1, 2])

@@ -25,6 +25,8 @@ _TEXT_BYTES = MESSAGE_BYTES - _HEADER.size
 # Names of terms that the comparison itself looks at.
 CALL = "the function that is called"
 RINGS = "replica_groups and num_workers"
+DEVICE_TYPE = "device type"
+_OF_THE_GROUP = (RINGS, DEVICE_TYPE)  # what rings side by side share: NCCL's first operation is one of all ranks
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def agree(
     if rings is None:
         rings = [range(transport.size)]
     else:  # every rank must have the same rings in mind before anything is compared within them
-        _compare(answers, range(transport.size), only=RINGS)
+        _compare(answers, range(transport.size), only=_OF_THE_GROUP)
     for ring in rings:
         _compare([answers[rank] for rank in ring], ring)
     mine = [answers[rank] for rank in next(ring for ring in rings if transport.rank in ring)]
@@ -191,28 +193,28 @@ def _compare_forwards(answers: Sequence[_Answer]) -> None:
     )
 
 
-def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: str | None = None) -> None:
-    """Raise unless the ranks' common terms are equal: all of them, or one."""
+def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: Sequence[str] | None = None) -> None:
+    """Raise unless the ranks' common terms are equal: all of them, or those of some names."""
     if _one({answer.text for answer in answers}):
         return
     terms = [json.loads(answer.text) for answer in answers]
     differences = []
     for name in dict.fromkeys(name for term in terms for name in term):
         values = [term.get(name) for term in terms]
-        if only in (None, name) and not _one({json.dumps(value) for value in values}):
-            differences.append(_tell(name, values, ranks))
+        if (only is None or name in only) and not _one({json.dumps(value) for value in values}):
+            differences.append(_tell(name, values, ranks, "ring" if only is None else "group"))
         if name == CALL and differences:
             break  # ranks in different functions: everything else differs too, and means nothing
     if differences:
         raise DisagreementError("\n".join(differences))
 
 
-def _tell(name: str, values: Sequence[Any], ranks: Sequence[int]) -> str:
+def _tell(name: str, values: Sequence[Any], ranks: Sequence[int], whose: str = "group") -> str:
     by_value: dict[str, list[int]] = {}
     for rank, value in zip(ranks, values, strict=True):
         by_value.setdefault(repr(value), []).append(rank)
     told = "; ".join(f"{value} on {_ranks(held)}" for value, held in by_value.items())
-    return explain(f"the ranks disagree on {name}.", got=told, fix="pass the same on every rank of the ring")
+    return explain(f"the ranks disagree on {name}.", got=told, fix=f"pass the same on every rank of the {whose}")
 
 
 def _tell_refusals(refusals: dict[int, str]) -> str:

@@ -18,7 +18,18 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ringspan import execute
-from ringspan.agreement import CALL, RINGS, Agreed, Terms, agree, agreed_before, check_met, remember, unchecked
+from ringspan.agreement import (
+    CALL,
+    DEVICE_TYPE,
+    RINGS,
+    Agreed,
+    Terms,
+    agree,
+    agreed_before,
+    check_met,
+    remember,
+    unchecked,
+)
 from ringspan.arguments import Options, check_documents, check_like, check_ranges, check_tensors
 from ringspan.errors import ArgumentError, LayoutError, RingspanError, UnsupportedError, explain
 from ringspan.kernels import table as kernel_table
@@ -365,7 +376,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
         "head_dim": q.shape[3],
         "head_dim of v": v.shape[3],
         "dtype": str(q.dtype),
-        "device type": q.device.type,
+        DEVICE_TYPE: q.device.type,
         **_mask_terms(options, ring),
         "cu_seqlens": documents_in_words(options.cu_seqlens),
         "key_ranges": ranges,

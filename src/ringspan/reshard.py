@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ringspan.agreement import CALL, Terms
+from ringspan.agreement import CALL, DEVICE_TYPE, Terms
 from ringspan.arguments import documents_of
 from ringspan.call import begin, documents_in_words, on_device_of, running
 from ringspan.errors import UnsupportedError
@@ -166,6 +166,7 @@ def _begin(
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["cu_seqlens"] = documents_in_words(documents)
         common["requires_grad"] = differentiated
+        common[DEVICE_TYPE] = x.device.type
         return Terms(common, length, device_type=x.device.type, forward=forward)
 
     transport = resolve(group)
