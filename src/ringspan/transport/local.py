@@ -92,7 +92,8 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
     inference mode and autocast of the caller hold in the workers. torch's threads are shared out over the workers while
     they run. `timeout` bounds every wait of one worker for another, in seconds (default 1800). Where CUDA is in use,
     each worker runs on a stream of its own of the caller's current device, after what the caller has launched; what
-    the caller launches next comes after them. Backward runs in the worker's own thread on every device. Workers
+    the caller launches next comes after them. For tensors on another GPU none of that holds: torch.cuda.set_device
+    first. Backward runs in the worker's own thread on every device. Workers
     share torch's random number generator: make what all of them need before, or give each a torch.Generator.
 
     If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
