@@ -153,6 +153,16 @@ def test_out_is_as_wide_as_the_values_where_they_are_not_as_wide_as_the_queries(
     assert SoftmaxState.empty(torch.zeros(*SHAPE, DIM), value_dim=7).acc.shape == (*SHAPE, 7)
 
 
+def test_select_of_everything_is_the_state_itself():
+    state = part(3)
+    num_batch, num_heads, num_rows = state.row_max.shape
+    assert state.select(slice(0, num_rows)) is state
+    assert state.select(slice(0, num_rows), slice(0, num_heads), slice(0, num_batch)) is state
+    rows = slice(0, num_rows)
+    for fewer in ((slice(1, num_rows),), (rows, slice(0, 1)), (rows, slice(None), slice(0))):
+        assert state.select(*fewer).row_max.numel() < state.row_max.numel()
+
+
 def test_select_is_a_view_of_the_rows_heads_and_entries_that_it_names():
     state, added = part(7), part(3)
     before, rows, heads, batch = merged(state), slice(1, 4), slice(2, 3), slice(0, 1)

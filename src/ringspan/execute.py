@@ -188,17 +188,17 @@ class _Absorbing:
 
 
 def _rows_of(x: Tensor, part: slice) -> Tensor:
-    """x[:, :, part] of [B, H, T, D]; taking a view that is all of x costs as much as a small step."""
+    """x[:, :, part] of [B, H, T, ...]; taking a view that is all of x costs as much as a small step."""
     return x if part == slice(0, x.shape[2]) else x[:, :, part]
 
 
 def _absorb_gradient(
     job: Job, tile: Tile, rows: Tensors, keys: Tensors, rows_part: Tensors, keys_part: Tensors
 ) -> None:
-    q, do, lse, delta = (x[:, :, tile.rows] for x in rows)
-    k, v = (x[:, :, tile.columns] for x in keys)
-    (dq,) = (x[:, :, tile.rows] for x in rows_part)
-    dk, dv = (x[:, :, tile.columns] for x in keys_part)
+    q, do, lse, delta = (_rows_of(x, tile.rows) for x in rows)
+    k, v = (_rows_of(x, tile.columns) for x in keys)
+    (dq,) = (_rows_of(x, tile.rows) for x in rows_part)
+    dk, dv = (_rows_of(x, tile.columns) for x in keys_part)
     job.kernel.absorb_gradient(dq, dk, dv, q, k, v, do, lse, delta, job.visible(tile), job.scale)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 NEVER = float("-inf")
+_ALL = slice(None)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,8 +41,12 @@ class SoftmaxState:
             torch.zeros(batch, heads, rows, dtype=dtype, device=q.device),
         )
 
-    def select(self, rows: slice, heads: slice = slice(None), batch: slice = slice(None)) -> SoftmaxState:
+    def select(self, rows: slice, heads: slice = _ALL, batch: slice = _ALL) -> SoftmaxState:
         """The same state, seen through some of its rows: changes show in both."""
+        num_batch, num_heads, num_rows = self.row_max.shape
+        # Three views that are all of their tensors cost as much as a small step's Python besides.
+        if rows == slice(0, num_rows) and heads in (_ALL, slice(0, num_heads)) and batch in (_ALL, slice(0, num_batch)):
+            return self
         return SoftmaxState(
             self.acc[batch, heads, rows], self.row_max[batch, heads, rows], self.row_sum[batch, heads, rows]
         )
