@@ -1,10 +1,13 @@
 """The local transport under the behaviour suite."""
 
 import pytest
+import torch
 from transport_behaviour import BEHAVIOURS, NUM_RANKS
 
 import ringspan
 from ringspan import run_local
+from ringspan.transport.contract import Parcel, spec_of
+from ringspan.transport.local import LocalTransport
 
 
 @pytest.mark.parametrize("behaviour", BEHAVIOURS, ids=lambda behaviour: behaviour.__name__)
@@ -13,10 +16,6 @@ def test_local(behaviour):
 
 
 def test_parcels_are_handed_over_without_a_copy():
-    import torch
-
-    from ringspan.transport.contract import Parcel, spec_of
-
     mine = torch.zeros(4)
 
     def work(group):
@@ -36,3 +35,14 @@ def test_parcels_are_handed_over_without_a_copy():
 def test_a_timeout_that_no_wait_can_have_is_refused(timeout):
     with pytest.raises(ringspan.ArgumentError, match="timeout must be"):
         run_local(lambda group: None, 2, timeout=timeout)
+
+
+def test_a_ring_of_one_exchanges_nothing_and_refuses_as_others_do(monkeypatch):
+    monkeypatch.setattr(LocalTransport, "agree", lambda *_: pytest.fail("there is nobody to agree with"))
+    x = torch.randn(1, 2, 8, 4, requires_grad=True)
+    ringspan.ring_attention(x, x, x, causal=True).sum().backward()
+    run_local(lambda group: ringspan.unshard(ringspan.ring_attention(x, x, x, group=group), 2, group=group), 1)
+    with pytest.raises(ringspan.ArgumentError, match="layout is unknown"):
+        ringspan.ring_attention(x, x, x, layout="spiral")
+    with pytest.raises(ringspan.ArgumentError, match="cu_seqlens must end at the number of tokens"):
+        ringspan.ring_attention(x, x, x, cu_seqlens=[0, 9])

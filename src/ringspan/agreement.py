@@ -65,6 +65,8 @@ def agree(
     rings: the rings that run side by side in the group, as lists of ranks; None: one ring of all.
     Raises the own refusal, PeerRefusedError, DisagreementError, or RankFailedError.
     """
+    if transport.is_alone:
+        return _with_itself(terms)
     messages = transport.agree(call, _pack(call, terms))
     unpacked = {message: _unpack(message) for message in set(messages)}  # most often all are equal
     answers = [unpacked[message] for message in messages]
@@ -89,6 +91,12 @@ def agree(
         tuple(answer.num_keys for answer in mine),
         mine[0].flipped if _one({answer.flipped for answer in mine}) else 0,
     )
+
+
+def _with_itself(terms: Terms | RingspanError) -> Agreed:
+    if isinstance(terms, RingspanError):
+        raise terms
+    return Agreed((terms.num_queries,), (terms.num_keys,), terms.flipped)
 
 
 def unchecked(terms: Terms | RingspanError, size: int) -> Agreed:

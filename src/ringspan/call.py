@@ -189,7 +189,7 @@ def begin(
             terms = check()
         except Exception as error:  # whatever it is, the others must hear of it now and not wait
             terms = _refusal(error)
-        captured = isinstance(terms, Terms) and _is_captured(terms.device_type) and not _is_alone(transport)
+        captured = isinstance(terms, Terms) and _is_captured(terms.device_type) and not transport.is_alone
         if captured:
             check_met(transport)
         call = transport.begin_call()
@@ -237,11 +237,6 @@ def _check_capture(q: Tensor, v: Tensor, options: Options, ring: Ring) -> None:
 
 def _kernel_for(options: Options, q: Tensor, v: Tensor, only_tile: bool = False) -> Kernel:
     return kernel_table.choose(options.kernel, q.dtype, q.device, max(q.shape[3], v.shape[3]), only_tile)
-
-
-def _is_alone(transport: Transport) -> bool:
-    """A ring of one without a process group, which has nobody to meet; a process group of one goes through NCCL too."""
-    return transport.size == 1 and not transport.capturable
 
 
 def _agreed(

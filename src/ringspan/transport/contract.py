@@ -116,12 +116,16 @@ class Channel(ABC):
 
 
 class Transport(ABC):
-    """One rank's end of a group. capturable: whether transfers between GPUs can be captured into a CUDA graph, once
-    the ranks have met."""
+    """One rank's end of a group.
+
+    capturable: whether transfers between GPUs can be captured into a CUDA graph, once the ranks have met.
+    is_alone: whether there is nobody to meet, and so nothing to exchange. (A process group of one is not.)
+    """
 
     rank: int
     size: int
     capturable: bool = False
+    is_alone: bool = False
 
     @abstractmethod
     def begin_call(self) -> int:

@@ -325,6 +325,7 @@ class LocalTransport(Transport):
         self._board = board
         self.rank = rank
         self.size = board.size
+        self.is_alone = board.size == 1
         self._num_calls = 0
 
     def begin_call(self) -> int:
