@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ringspan.kernels import hopper_kernel
+from ringspan.kernels.triton_bounds import bounds
+from ringspan.tile import Band, RowIntervals
 
 if hopper_kernel.why_not_there():
     pytest.skip(hopper_kernel.why_not_there(), allow_module_level=True)
@@ -60,3 +64,27 @@ def test_other_types_and_the_largest_heads_fit():
     for found in (compiled(256, "band", "forward"), compiled(128, "band", "both", "f16")):
         for kernel in found.values():
             check(kernel)
+
+
+@pytest.mark.parametrize(("head_dim", "num_described"), [(64, 8), (128, 4)])
+def test_the_kernels_of_a_backward_share_descriptions_of_blocks_of_one_shape(monkeypatch, head_dim, num_described):
+    described, launched = [], {}
+
+    def describe(x, length, dims):
+        described.append((x, length))
+        return described[-1]
+
+    stub = SimpleNamespace(absorb_dkdv_kernel="dkdv", absorb_dq_kernel="dq")
+    monkeypatch.setitem(sys.modules, "ringspan.kernels.hopper_backward", stub)
+    monkeypatch.setattr(hopper_kernel, "_descriptor", describe)
+    monkeypatch.setattr(hopper_kernel, "_launch", lambda kernel, *args, **_: launched.update({kernel: args}))
+    q, k, v, do = (torch.zeros(1, 2, 300, head_dim, dtype=torch.bfloat16) for _ in range(4))
+    sums, of_rows = [x.float() for x in (q, k, v)], torch.zeros(1, 2, 300)
+    known = bounds(RowIntervals(300, 300, Band(upper=1)), q.device)
+    hopper_kernel.absorb_gradient(*sums, q, k, v, do, of_rows, of_rows, known, 0.1)
+    assert len(described) == num_described
+    _, chosen = hopper_kernel.configs(head_dim)
+    for kernel, sizes in (("dkdv", (chosen.dkdv.block, 64)), ("dq", (64, chosen.dq.block))):
+        found = [x for x in launched[kernel] if type(x) is tuple and len(x) == 2]
+        for (x, length), tensor, place in zip(found, (q, k, v, do), (0, 1, 1, 0), strict=True):
+            assert x is tensor and length == sizes[place]

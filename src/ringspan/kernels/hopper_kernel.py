@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -155,6 +155,9 @@ def absorb_gradient(
     of_keys, of_rows = _flags(k), _flags(q)
     bounded = (lse, delta, known.lo, known.hi)
     strides = (lse.stride(), delta.stride(), known.strides)
+    of_dkdv, of_dq = (for_dkdv.block, GROUP_ROWS), (GROUP_ROWS, for_dq.block)  # blocks of rows, of keys
+    # One description may serve both kernels: four take as long on the host as half a launch.
+    described = {blocks: _descriptors((q, k, v, do), blocks, dims) for blocks in {of_dkdv, of_dq}}
 
     ranges, range_strides = known.ranges(group, for_dkdv.groups * GROUP_ROWS, for_dkdv.block)
     _launch(
@@ -162,7 +165,7 @@ def absorb_gradient(
         for_dkdv,
         k.shape[0] * k.shape[1] * -(-k.shape[2] // (for_dkdv.groups * GROUP_ROWS)),
         *(dk, dv),
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, for_dkdv.block, GROUP_ROWS)),
+        *described[of_dkdv],
         *(*bounded, ranges, of_keys),
         *(dk.stride(), dv.stride(), *strides, range_strides),
         num_kv_heads=k.shape[1],
@@ -173,7 +176,7 @@ def absorb_gradient(
         for_dq,
         q.shape[0] * q.shape[1] * -(-q.shape[2] // (for_dq.groups * GROUP_ROWS)),
         dq,
-        *(_descriptor(x, length, dims) for x, length in _blocks_of(q, k, v, do, GROUP_ROWS, for_dq.block)),
+        *described[of_dq],
         *(*bounded, of_rows),
         *(dq.stride(), *strides),
         num_heads=q.shape[1],
@@ -182,10 +185,10 @@ def absorb_gradient(
     return (of_keys, of_rows) if known.hides else None
 
 
-def _blocks_of(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, row_block: int, key_block: int
-) -> Iterator[tuple[Tensor, int]]:
-    return zip((q, k, v, do), (row_block, key_block, key_block, row_block), strict=True)
+def _descriptors(matrices: Sequence[Tensor], blocks: tuple[int, int], dims: int) -> list[Any]:
+    """Of (q, k, v, do)."""
+    rows, keys = blocks
+    return [_descriptor(x, length, dims) for x, length in zip(matrices, (rows, keys, keys, rows), strict=True)]
 
 
 def _flags(x: Tensor) -> Tensor:
