@@ -304,4 +304,9 @@ def test_a_mask_whose_copy_a_graph_would_not_repeat_is_not_captured(monkeypatch)
     with pytest.raises(UnsupportedError, match="cannot be captured"):
         bounds(RowIntervals(2, 3, None, edges, edges + 1), torch.device("cuda"))
     with FakeTensorMode():
-        assert bounds(RowIntervals(2, 3, Band(upper=1)), torch.device("cuda")).is_band
+        band = RowIntervals(2, 3, Band(upper=1))
+        found = bounds(band, torch.device("cuda"))
+        assert found.is_band and found.lo.numel() == found.hi.numel() == 0
+        assert bounds(band, torch.device("cuda")) is found, "once for all calls"
+        assert bounds(band, torch.device("cuda", 1)).lo.device.index == 1
+        assert bounds(RowIntervals(2, 3, Band(upper=2)), torch.device("cuda")).rule["upper"] == 2

@@ -52,15 +52,17 @@ _known: WeakKeyDictionary[RowIntervals, dict[tuple[torch.device, int], Bounds]] 
 
 def bounds(visible: RowIntervals, device: torch.device) -> Bounds:
     """A band costs two integers, other intervals one copy to the device, once for all calls with the same tile."""
-    if visible.band is not None:
-        return _of_band(visible, visible.band, device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise mask_is_not_captured()
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    stream = 0
+    if visible.band is None and device.type == "cuda":  # a band's tensors are empty, so there is nothing to wait for
+        if torch.cuda.is_current_stream_capturing():
+            raise mask_is_not_captured()
+        stream = torch.cuda.current_stream(device).cuda_stream
     known = _known.setdefault(visible, {})
-    if (device, stream) not in known:
-        known[device, stream] = _of_arrays(visible, device)
-    return known[device, stream]
+    found = known.get((device, stream))
+    if found is None:
+        found = _of_arrays(visible, device) if visible.band is None else _of_band(visible, visible.band, device)
+        known[device, stream] = found
+    return found
 
 
 def mask_is_not_captured() -> UnsupportedError:
