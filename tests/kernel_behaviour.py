@@ -368,6 +368,35 @@ class KernelBehaviour:
             assert torch.equal(old[blind], new[blind])
         assert not backward(self.kernel, tile)[0][blind].any()
 
+    @pytest.mark.parametrize("kind", ["full", "diagonal", "any intervals"])
+    def test_rows_whose_scores_are_all_minus_infinity_are_as_those_that_see_nothing(self, kind, dtype):
+        """-inf in k, hidden or not; then the same row sees finite scores too."""
+        tile = make_tile(VISIBLE[kind](70, 90), batch=BATCH, heads=HEADS, dtype=dtype)
+        tile.q[..., 0] = 1
+        tile.k[:, :, :40, 0] = -torch.inf
+        for keys in (slice(0, 40), slice(0, 90)):
+            part = tile.visible.block(slice(0, 70), keys)
+            k, v = tile.k[:, :, keys], tile.v[:, :, keys]
+            # What -inf hides is what no interval shows.
+            seen = seen_by_intervals(part) & (torch.arange(part.num_keys) >= 40)
+            out, lse = forward(self.kernel, tile._replace(k=k, v=v, visible=part))
+            exact_out, exact_lse = attention(tile.q, k.nan_to_num(neginf=0.0), v, seen, tile.scale)
+            bound = bound_of_out(tile.q, k.nan_to_num(neginf=0.0), v, seen, tile.scale, self.rounds_weights)
+            assert relative_error(out, exact_out) <= max(bound, 2e-6)
+            assert torch.equal(lse.isneginf(), exact_lse.isneginf())
+
+    @pytest.mark.parametrize(
+        ("score", "value"), [(-41.0, 1e-24), (-41.0, 1e20), (0.0, 1e30), (41.0, 1e-30), (41.0, 1e24)]
+    )
+    def test_weights_and_values_do_not_overflow_or_vanish_together(self, score, value, dtype):
+        if dtype == torch.float16:
+            pytest.skip("float16 does not reach that far")
+        tile = make_tile(RowIntervals(5, 70, Band()), dim=4, dtype=dtype, scale=1.0)
+        tile.q.zero_()[..., 0] = 1
+        tile.k[..., 0] = score
+        tile = tile._replace(v=tile.v * value)
+        assert_forward_exact(tile, *forward(self.kernel, tile), self.rounds_weights)
+
     @pytest.mark.parametrize("axis", ["batch", "rows", "keys"])
     @pytest.mark.parametrize("kind", ["full", "diagonal", "any intervals", "any intervals of each head"])
     def test_a_size_of_zero_is_legal_and_changes_nothing(self, kind, axis):

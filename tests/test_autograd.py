@@ -1,6 +1,7 @@
 """Gradients through the ring as users of torch take them: gradcheck, compile, checkpoint, autocast, grad modes."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from processes import results, run_processes
 from torch.utils.checkpoint import checkpoint
 
 import ringspan
-from ringspan import run_local
+from ringspan import call, run_local
 
 
 def tensors(dtype=torch.float32, tokens=24, seed=0):
@@ -262,3 +263,108 @@ def test_meta_tensors_on_one_rank_are_a_refusal_and_no_made_up_result():
         return True
 
     assert run_local(work, 2, timeout=20) == [True, True]
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.to_qkv, self.to_out = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return x + self.to_out(ringspan.ring_attention(q, k, v, causal=True).transpose(1, 2).flatten(2))
+
+    def whose_output_is_unused(self, x):
+        q, k, v = self.to_qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        ringspan.ring_attention(q, k, v)
+        return x + 1
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """What a rank computed, in order."""
+    made = []
+    for name in ("forward", "backward"):
+        inner = getattr(call, name)
+        monkeypatch.setattr(
+            call, name, lambda *args, name=name, inner=inner, **kw: made.append(name) or inner(*args, **kw)
+        )
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_compiled_rank_calls_though_its_shard_is_empty_or_its_output_unused(backend, tokens, passes):
+    """Else the others would wait for it. Inductor knows what has no elements without computing it."""
+    model = Attention()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled(torch.randn(1, tokens, 8)).square().sum().backward()
+    assert passes == ["forward", "backward"]
+    with torch.no_grad():
+        compiled(torch.randn(1, tokens, 8))
+        torch.compile(model.whose_output_is_unused, fullgraph=True, backend=backend)(torch.randn(1, tokens, 8))
+    assert passes[2:] == ["forward", "forward"]
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("compiled", [False, True])
+def test_backwards_in_another_order_on_another_rank_are_refused(compiled):
+    """All their shapes and options are equal; gradients would be of each other's tensors."""
+
+    leaves = [[x.detach() * factor for x in tensors(seed=1)] for factor in (1, 2)]
+
+    def attend(q, k, v):
+        return ringspan.ring_attention(q, k, v, causal=True)
+
+    if compiled:
+        attend = torch.compile(attend, backend="aot_eager")
+
+    def work(group):
+        outs = [attend(*(ringspan.shard(x, 2).requires_grad_() for x in each)) for each in leaves]
+        for out in outs if group.rank() else reversed(outs):
+            out.square().sum().backward()
+
+    with pytest.raises(ringspan.DisagreementError, match=r"which call this is the backward of(.|\n)*call 1 on rank 1"):
+        run_local(work, 2, timeout=60)
+    torch.compiler.reset()
+
+
+def test_backwards_of_unshard_in_another_order_are_refused_too():
+    def work(group):
+        outs = [ringspan.unshard(torch.ones(3, requires_grad=True) * factor, 0) for factor in (1, 2)]
+        for out in outs if group.rank() else reversed(outs):
+            out.sum().backward()
+
+    with pytest.raises(ringspan.DisagreementError, match="which call this is the backward of"):
+        run_local(work, 2, timeout=60)
+
+
+def test_backwards_in_any_order_that_ranks_share_are_right_also_where_what_was_saved_is_a_copy():
+    def work(group):
+        q, k, v = tensors(seed=1)
+        grads = []
+        for save in (False, True):
+            hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x) if save else nullcontext()
+            leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+            with hooks:
+                outs = [ringspan.ring_attention(*(x * factor for x in leaves), causal=True) for factor in (1, 2, 3)]
+            for number in (2, 0, 1):
+                outs[number].square().sum().backward(retain_graph=True)
+            outs[1].sum().backward()
+            grads.append([x.grad for x in leaves])
+        return all(map(torch.equal, *grads))
+
+    assert run_local(work, 2, timeout=60) == [True, True]
+
+
+def test_only_calls_whose_memory_lives_are_remembered():
+    def work(group):
+        q, k, v = tensors()
+        for _ in range(300):
+            ringspan.ring_attention(q, k, v)
+        return True
+
+    assert all(run_local(work, 2, timeout=60)) and len(call._forwards._known) < 200

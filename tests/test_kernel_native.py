@@ -1,5 +1,6 @@
 """The C++ kernel on the instruction set that it chooses here; tests/test_native.py runs the others."""
 
+import math
 import os
 import subprocess
 import sys
@@ -7,12 +8,13 @@ import sys
 import pytest
 import torch
 from definition import attention, gradients, relative_error, seen_by_intervals
-from kernel_behaviour import KernelBehaviour, make_tile
+from kernel_behaviour import KernelBehaviour, Tile, backward, forward, make_tile
 
 import ringspan
 from ringspan import _native
 from ringspan.kernels.native import Native, NativeRounded
 from ringspan.kernels.table import choose
+from ringspan.state import SoftmaxState
 from ringspan.tile import Band, RowIntervals
 
 # AMX multiplies weights as two bfloat16 each, of 8 bits: all but 2^-17 of them.
@@ -59,6 +61,73 @@ def test_a_ring_with_rounded_weights_keeps_the_bound_whatever_its_size(num_worke
         assert relative_error(mine, wanted) <= 3 * 2.0**-9
 
 
+EVERY = [
+    (Native(), torch.float32),
+    (Native(), torch.bfloat16),
+    pytest.param(NativeRounded(), torch.bfloat16, marks=rounds),
+]
+every_way = pytest.mark.parametrize(("kernel", "dtype"), EVERY)
+
+
+@every_way
+@pytest.mark.parametrize("size", [3.0, 30.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize("num_pieces", [1, 3])
+def test_the_only_key_that_counts_has_weight_1_in_the_backward_however_large_its_score(kernel, dtype, size, num_pieces):
+    """Its score is between size**2 and twice that, the others' are 0; they are absorbed in one piece or in several."""
+    tile = make_tile(RowIntervals(40, 60, Band()), dtype=dtype, scale=0.7)
+    tile.q.zero_()[..., 0] = size + size * torch.rand(1, 2, 40)
+    tile.k[..., 0] = 0
+    tile.k[:, :, 37, 0] = size / 0.7
+    state = SoftmaxState.empty(tile.q)
+    for piece in torch.arange(60).chunk(num_pieces):
+        keys = slice(int(piece[0]), int(piece[-1]) + 1)
+        visible = tile.visible.block(slice(0, 40), keys)
+        kernel.absorb(state, tile.q, tile.k[:, :, keys], tile.v[:, :, keys], visible, tile.scale)
+    out, lse = state.finalize(torch.float32)
+    dq, _, dv = backward(kernel, tile, lse, (out * tile.do).sum(-1))
+    others = 60 * torch.exp(torch.tensor(-(size**2)))  # what is left for them
+    assert relative_error(dv[:, 0, 37], tile.do.double().sum((1, 2))) <= 1e-6 + others
+    assert dq.abs().max() <= 60 * others + 1e-4 * size
+
+
+@every_way
+@pytest.mark.parametrize("score", [0.43, 0.2, -0.3, 7.0])
+def test_a_long_sum_of_equal_weights_keeps_its_digits(kernel, dtype, score):
+    """Each addition to a sum that grows rounds it in the same direction: over 262,144 keys two digits went so."""
+    many, one = 1 << 18, torch.ones(1, 1, 3, 1, dtype=dtype)
+    k, v = (torch.full((1, 1, many, 1), value, dtype=dtype) for value in (score, 0.7))
+    tile = Tile(one, k, v, one, one[..., 0].float(), RowIntervals(3, many, Band()), 1.0)
+    out, lse = forward(kernel, tile, torch.float32)
+    assert relative_error(out, v[:, :, :3]) <= 2.5e-6
+    assert (lse - k[0, 0, 0, 0].double() - math.log(many)).abs().max() <= 4e-6
+    # The other way round, many queries add to the gradient of one key.
+    lse = k[..., 0].float()
+    turned = Tile(k, one[:, :, :1], one[:, :, :1], torch.ones_like(k), lse, RowIntervals(many, 1, Band()), 1.0)
+    dv = backward(kernel, turned, lse, torch.zeros_like(lse))[2]
+    assert abs(float(dv) / many - 1) <= 2.5e-6
+
+
+def test_tiny_queries_under_a_huge_scale_are_not_taken_for_zeros():
+    q, k, v = torch.full((1, 1, 4, 2), 1e-23), torch.randn(1, 1, 64, 2), torch.randn(1, 1, 64, 2)
+    tile = Tile(q, k, v, q, q[..., 0], RowIntervals(4, 64, Band()), 3e25)
+    exact, _ = attention(q, k, v, seen_by_intervals(tile.visible), tile.scale)
+    assert relative_error(forward(Native(), tile)[0], exact) <= 2e-5  # scores of hundreds
+
+
+def test_helper_threads_take_what_the_caller_makes_of_denormals():
+    """torch.set_flush_denormal is a thread's own: bits must not depend on who computed which part."""
+    q, k = torch.randn(1, 4, 600, 32), torch.randn(1, 4, 600, 32)
+    tile = Tile(q, k, torch.randn(1, 4, 600, 32) * 1e-38, q, q[..., 0], RowIntervals(600, 600, Band()), 0.2)
+    kept = forward(Native(), tile)[0]
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed = [forward(Native(), tile)[0] for _ in range(20)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(flushed[0], other) for other in flushed) and not torch.equal(flushed[0], kept)
+    assert torch.equal(forward(Native(), tile)[0], kept)
+
+
 WITHOUT_MODULE = """
 import sys
 sys.modules["ringspan._native"] = None  # what an installation without a compiler amounts to
@@ -85,6 +154,7 @@ ELSEWHERE = """
 import torch
 from ringspan.errors import UnsupportedError
 from ringspan.kernels.table import choose
+from ringspan.state import SoftmaxState
 try:
     choose("native_rounded", torch.bfloat16, torch.device("cpu"), 64)
 except UnsupportedError as error:

@@ -689,6 +689,25 @@ def test_a_forked_child_starts_helpers_of_its_own(imports):
     subprocess.run([sys.executable, "-c", FORK.format(imports=imports)], check=True, timeout=120)
 
 
+FORK_BEFORE_ANY_CALL = """
+import os
+import numpy as np, torch
+from ringspan import _native
+(torch.randn(1_000_000) + 1).exp()  # torch's OpenMP has its workers, the kernel was never called
+child = os.fork()
+if child == 0:
+    q = np.random.default_rng(0).standard_normal((1, 4, 400, 32), dtype=np.float32)
+    acc, m, l = np.zeros_like(q), np.full(q.shape[:3], -np.inf, dtype=q.dtype), np.zeros(q.shape[:3], dtype=q.dtype)
+    _native.absorb(acc, m, l, q, q, q, scale=0.1, num_threads=3)
+    os._exit(0 if _native.info()["helper_threads"] == 2 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_may_be_the_first_to_call():
+    subprocess.run([sys.executable, "-c", FORK_BEFORE_ANY_CALL], check=True, timeout=120)
+
+
 def test_torch_and_the_kernel_use_the_same_threads_in_turn():
     """Both may use tiles (AMX), which are set up by thread."""
     tile = full_tile(1, 4, 4, 300, 400, 64, torch.bfloat16)

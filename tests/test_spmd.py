@@ -1,6 +1,7 @@
 """The SPMD entries, as their contract says: on torch tensors and on NumPy arrays, in one ring and in several."""
 
 import math
+import re
 
 import ml_dtypes
 import numpy as np
@@ -251,7 +252,10 @@ MISUSES = {
     "bounds unmasked": (dict(bound_min=torch.zeros(2, 8, 1), bound_max=torch.ones(2, 8, 1)), "require use_causal_mask"),
     "lse_dtype": (dict(lse_dtype=torch.int32), "lse_dtype must be"),
     "lse_dtype 64": (dict(lse_dtype=torch.float64), "lse_dtype must be"),
-    "seqlen": (dict(tp_q=True), "one head_dim"),
+    "seqlen": (
+        dict(tp_q=True),
+        r"q and k must have one d\.(.|\n)*q: \[1, 2, 4, 8\] as \[b, h, seqlen, d\](.|\n)*tp_q and tp_k",
+    ),
 }
 
 
@@ -318,3 +322,72 @@ def test_a_negated_view_counts_as_what_it_says():
     assert q.is_neg()
     run = lambda q: run_local(lambda group: ring_attention_spmd_fwd(q, k, k.mT, tp_k=False), 1)[0]  # noqa: E731
     assert torch.equal(run(q), run(q.resolve_neg()))
+
+
+BACKWARD = ["q_ref", "k_ref", "v_ref", "o_ref", "dy_ref"]
+
+
+def given_to_backward(**others):
+    x = {name: torch.randn(1, 2, 8, 6) for name in BACKWARD} | {"lse_ref": torch.zeros(1, 2, 128, 1)}
+    return {name: others.get(name, lambda x: x)(x[name]) for name in x}
+
+
+@pytest.mark.parametrize("name", BACKWARD[1:])
+def test_what_lies_the_wrong_way_is_told_in_the_shapes_that_were_passed(name):
+    words = rf"q_ref and {name} must have one D\.\n  got  q_ref: \[1, 2, 8, 6\] as .*; {name}: \[1, 2, 6, 8\] as \[B, N"
+    with pytest.raises(ringspan.ArgumentError, match=words):
+        ring_attention_spmd_bwd(**given_to_backward(**{name: lambda x: x.mT}))
+
+
+@pytest.mark.parametrize("name", ["o_ref", "dy_ref"])
+def test_o_and_dy_must_have_the_dtype_of_q(name):
+    with pytest.raises(
+        ringspan.ArgumentTypeError, match=rf"{name} must have q_ref's dtype(.|\n)*{name}: torch.bfloat16"
+    ):
+        ring_attention_spmd_bwd(**given_to_backward(**{name: torch.Tensor.bfloat16}))
+
+
+def test_bounds_of_a_wrong_shape_are_told_both_that_are_right():
+    bounds = dict(bound_min=torch.zeros(1, 5), bound_max=torch.ones(1, 5))
+    options = dict(use_causal_mask=True, softmax_scale=1.0, striped_attention=True)
+    with pytest.raises(ringspan.ArgumentError, match=r"\[2, 6, 1\], or \[b, seqlen\] = \[1, 6\]"):
+        ring_attention_spmd_bwd(**given_to_backward(), **options, **bounds)
+
+
+def test_an_lse_beyond_float16_is_refused_not_made_infinite():
+    """Its inf would make all gradients 0."""
+    q = torch.full((1, 1, 4, 64), 400.0)
+    options = dict(training=True, tp_q=True, tp_k=True)
+    with pytest.raises(ringspan.ArgumentError, match=r"does not fit into float16(.|\n)*1\.28e\+06(.|\n)*lse_dtype"):
+        ring_attention_spmd_fwd(q, q, q, lse_dtype=torch.float16, **options)
+    _, lse = ring_attention_spmd_fwd(q, q, q, lse_dtype=torch.bfloat16, **options)
+    assert lse.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            dict(use_causal_mask=True, softmax_scale=1.0),
+            "the ranks disagree on use_causal_mask.\n  got  True on rank 0",
+        ),
+        (
+            dict(use_causal_mask=True, softmax_scale=1.0, striped_input=True),
+            "disagree on striped_input.\n  got  True on rank 0",
+        ),
+        (
+            dict(num_workers=1),
+            "replica_groups and num_workers.\n  got  '2 of 1: ((0,), (1,))' on rank 0; 'one ring of all'",
+        ),
+        (dict(replica_groups=((1, 0),)), "got  '1 of 2: ((1, 0),)' on rank 0"),
+    ],
+)
+def test_what_ranks_disagree_on_is_told_by_its_name_here(options, words):
+    def work(group):
+        x = torch.randn(1, 2, 4, 8)
+        given = options if group.rank() == 0 else dict(use_causal_mask=False)
+        with pytest.raises(ringspan.DisagreementError, match=re.escape(words)):
+            ring_attention_spmd_fwd(x, x, x.mT, **{"num_workers": 2, **given})
+        return True
+
+    assert all(run_local(work, 2, timeout=30))

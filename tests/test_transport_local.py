@@ -1,5 +1,7 @@
 """The local transport under the behaviour suite."""
 
+import threading
+
 import pytest
 import torch
 from transport_behaviour import BEHAVIOURS, NUM_RANKS
@@ -46,3 +48,48 @@ def test_a_ring_of_one_exchanges_nothing_and_refuses_as_others_do(monkeypatch):
         ringspan.ring_attention(x, x, x, layout="spiral")
     with pytest.raises(ringspan.ArgumentError, match="cu_seqlens must end at the number of tokens"):
         ringspan.ring_attention(x, x, x, cu_seqlens=[0, 9])
+
+
+def test_every_caller_of_overlapping_calls_has_its_threads_back():
+    """The one that ends first, while another goes on, and the one that began in its share."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    began, ended = threading.Event(), threading.Event()
+    left = {}
+
+    def first():
+        torch.set_num_threads(2)
+        run_local(lambda group: began.set() or second_runs.wait(30), 2)
+        left["first"] = torch.get_num_threads()
+        ended.set()
+
+    def second():
+        assert began.wait(30)
+        run_local(lambda group: second_runs.set() or ended.wait(30), 2)
+        left["second"] = torch.get_num_threads()
+
+    second_runs = threading.Event()
+    try:
+        callers = [threading.Thread(target=call) for call in (first, second)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join(60)
+        assert left == {"first": 2, "second": 2}
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_worker_keeps_its_share_after_a_ring_of_its_own():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+
+    def work(group):
+        share = torch.get_num_threads()
+        run_local(lambda inner: None, 2)
+        return share, torch.get_num_threads()
+
+    try:
+        assert run_local(work, 2) == [(2, 2)] * 2 and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
