@@ -101,6 +101,15 @@ def test_a_block_that_raises_writes_nothing_and_leaves_no_watcher(tmp_path):
     assert not observe._thread.watchers
 
 
+def test_a_trace_around_run_local_instead_of_within_it_says_that_it_is_empty(tmp_path):
+    q = torch.randn(1, 2, 4, 8)
+    with (
+        pytest.warns(UserWarning, match=r"holds no call(.|\n)*within the function"),
+        ringspan.trace(tmp_path / "t.json"),
+    ):
+        run_local(lambda group: ringspan.ring_attention(q, q, q), 2)
+
+
 def test_ranks_of_another_host_are_moved_by_the_wall_clock():
     from ringspan.trace import _on_one_clock
 

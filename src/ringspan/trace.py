@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,11 @@ def trace(file: str | os.PathLike[str], *, group: Any = None) -> Iterator[None]:
         yield
     everyone = _gathered(name, [{"host": platform.node(), "ahead_ns": _wall_clock_ahead_ns()}, *events])
     if rank == 0:
+        if not any(event.get("ph") == "X" for lines in everyone for event in lines):
+            fix = "enter it on every rank, within the function that run_local runs"
+            warnings.warn(
+                explain(f"the trace {file} holds no call: none was made in its block.", fix=fix), stacklevel=3
+            )
         Path(file).write_text(json.dumps({"traceEvents": _on_one_clock(everyone), "displayTimeUnit": "ms"}))
 
 

@@ -223,7 +223,7 @@ def _dtype(name: str):
 
 @app.command()
 def schedule(
-    workers: Annotated[int, typer.Option(min=1, metavar="N", help="How many.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, max=256, metavar="N", help="How many.")] = 4,
     tokens: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="How long the sequence is (default: 16384, or the documents' total)."),
