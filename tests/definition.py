@@ -219,5 +219,6 @@ def _over_seen(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
 def _weights(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
-    # A row that sees nothing has lse -inf and would make e^nan; it has no weights.
-    return torch.where(seen, torch.exp(scores - lse.unsqueeze(-1)), 0.0), lse
+    # A row that sees nothing, or nothing but scores of -inf, has lse -inf and would make e^nan; it has no weights.
+    base = lse.masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)
+    return torch.where(seen, torch.exp(scores - base), 0.0), lse
