@@ -146,9 +146,8 @@ class _Forwards:
     """
 
     def __init__(self) -> None:
-        self._known: dict[
-            int, tuple[StorageWeakRef, int]
-        ] = {}  # a weak reference keeps the address from being another's
+        # A weak reference keeps the address from becoming another's.
+        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, lse: Tensor, number: int) -> None:
         if len(self._known) % 64 == 63:
