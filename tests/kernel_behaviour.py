@@ -184,6 +184,7 @@ class KernelBehaviour:
     rounds_weights: p and ds are rounded to the inputs' dtype before they meet v, do, k and q, as tensor cores want it.
     weight_errors: what else a p or ds may be wrong by, as a part of it, by the inputs' dtype.
     steadiness: (rtol, atol) of what a NaN elsewhere may change where it does not reach.
+    rows_of_minus_infinity_are_nan: whether a row whose scores are all -inf has NaN for out, not 0.
     one_in: of the cases of every test only one in so many is run with the fast tests (conftest.py).
     device: what it serves; a subclass for another one makes it the default device of its tests (test_gpu_kernels.py).
     """
@@ -195,6 +196,7 @@ class KernelBehaviour:
     rounds_weights: ClassVar[bool] = False
     weight_errors: ClassVar[Mapping[torch.dtype, float]] = {}
     steadiness: ClassVar[tuple[float, float]] = (1e-4, 1e-5)
+    rows_of_minus_infinity_are_nan: ClassVar[bool] = False
     one_in: ClassVar[int] = 1
     device: ClassVar[str] = "cpu"
 
@@ -371,6 +373,8 @@ class KernelBehaviour:
     @pytest.mark.parametrize("kind", ["full", "diagonal", "any intervals"])
     def test_rows_whose_scores_are_all_minus_infinity_are_as_those_that_see_nothing(self, kind, dtype):
         """-inf in k, hidden or not; then the same row sees finite scores too."""
+        if self.rows_of_minus_infinity_are_nan:
+            pytest.skip("a library's softmax makes NaN of them, as plain softmax does")
         tile = make_tile(VISIBLE[kind](70, 90), batch=BATCH, heads=HEADS, dtype=dtype)
         tile.q[..., 0] = 1
         tile.k[:, :, :40, 0] = -torch.inf

@@ -120,6 +120,7 @@ def forced(library: Library, own=None, fewest: int = 64) -> TorchCuda:
 
 class OfALibrary(KernelBehaviour):
     dtypes = HALVES
+    rows_of_minus_infinity_are_nan = True
     head_dims = (8, 64, 128)
     refuses = ((torch.float32, DEVICE, 64), (torch.bfloat16, "cpu", 64), (torch.bfloat16, DEVICE, 100))
     rounds_weights = True
