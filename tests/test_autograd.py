@@ -153,7 +153,7 @@ def test_compiled_without_a_graph_break_and_checkpointed_calls_have_the_same_bit
 @pytest.mark.parametrize("op", ["attend", "attend_backward"])
 def test_the_custom_ops_pass_the_checks_of_torch_library(op):
     q, k, v = (x.detach() for x in tensors())
-    options = (None, [torch.tensor([[0, 20]] * 24)], "alone", "contiguous", -1, 0, None, "auto", "auto", True, "")
+    options = (None, [torch.tensor([[0, 20]] * 24)], "alone", "contiguous", -1, 0, None, "auto", "auto", True, "", 0)
     if op == "attend":
         args = (q, k, v, torch.zeros(q.shape[1], requires_grad=True), *options)
     else:
@@ -368,3 +368,53 @@ def test_only_calls_whose_memory_lives_are_remembered():
         return True
 
     assert all(run_local(work, 2, timeout=60)) and len(call._forwards._known) < 200
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.*TensorFloat32|.*lowmem_dropout:UserWarning")
+def test_calls_that_inductor_orders_otherwise_on_another_rank_are_refused_not_mixed_up():
+    """It orders what is independent by memory. All calls have equal shapes but for the lengths of shards."""
+
+    def calls(x, y, z):
+        def attend(t):
+            heads = t.unflatten(-1, (2, -1)).transpose(1, 2)
+            return ringspan.ring_attention(heads, heads, heads).transpose(1, 2).flatten(2)
+
+        first, second, third = attend(x.repeat(1, 1, 8)), attend(y).sum(-1, keepdim=True), attend(z.repeat(1, 1, 4))
+        return second + attend(y * 2).mean(), attend(third + 1).sum(), first.sum() + first.mean(1).sum()
+
+    def work(group, reorder):
+        torch._inductor.config.reorder_for_peak_memory = reorder  # a thread's own
+        lengths = (64, 700, 64) if group.rank() else (64, 64, 700)
+        with torch.no_grad():
+            compiled(*(torch.randn(1, length, 16) for length in lengths))
+
+    torch.compiler.reset()
+    compiled = torch.compile(calls, fullgraph=True, dynamic=False)
+    words = r"call of a compiled graph(.|\n)*reorder_for_peak_memory = False"
+    with pytest.raises(ringspan.DisagreementError, match=words):
+        run_local(work, 2, True, timeout=100)
+    torch.compiler.reset()
+    run_local(work, 2, False, timeout=100)
+    torch.compiler.reset()
+
+
+def test_each_call_of_a_graph_has_its_place_and_the_next_graph_begins_anew(monkeypatch):
+    places, inner = [], call.forward
+
+    def noting(transport, q, k, v, asked, **others):
+        places.append(asked.place_in_graph)
+        return inner(transport, q, k, v, asked, **others)
+
+    monkeypatch.setattr(call, "forward", noting)
+    q, k, v = (x.detach() for x in tensors())
+
+    def twice(q):
+        return ringspan.ring_attention(ringspan.ring_attention(q, k, v), k, v)
+
+    compiled = torch.compile(twice, fullgraph=True, backend="aot_eager", dynamic=False)
+    for x in (q, q, q[:, :, :5]):
+        compiled(x)
+    twice(q)
+    torch.compiler.reset()
+    assert places == [1, 2] * 3 + [0, 0]

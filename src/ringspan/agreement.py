@@ -19,7 +19,7 @@ from ringspan.transport.contract import Transport
 from ringspan.transport.streams import threads_are_not_captured
 
 MESSAGE_BYTES = 1536
-_HEADER = struct.Struct("<7q")  # refused, call, query length, key length, flipped, forward, bytes of text
+_HEADER = struct.Struct("<8q")  # refused, call, query length, key length, flipped, forward, place, bytes of text
 _TEXT_BYTES = MESSAGE_BYTES - _HEADER.size
 
 # Names of terms that the comparison itself looks at.
@@ -36,7 +36,8 @@ class Terms:
     common: what must be the same on every rank of a ring, by the name that an error gives it.
     num_queries, num_keys: this rank's lengths, which may differ. flipped: which of its tensors lie as
     [.., D, T] in memory, a bit each. transport, device_type: by which means the tensors are to go; in common too.
-    forward: of a backward the number of the call that it belongs to, 0 where this rank does not know.
+    forward: of a backward the number of the call that it belongs to. place: of a compiled call, its place in its graph.
+    Both are 0 where this rank does not know.
     """
 
     common: dict[str, Any] = field(default_factory=dict)
@@ -46,6 +47,7 @@ class Terms:
     transport: str = "auto"
     device_type: str = "cpu"
     forward: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def agree(
     calls = [answer.call for answer in answers]
     if len(set(calls)) > 1:
         raise DisagreementError(_tell("the number of the call", calls, range(len(calls))))
-    _compare_forwards(answers)
+    _compare_order(answers)
     if rings is None:
         rings = [range(transport.size)]
     else:  # every rank must have the same rings in mind before anything is compared within them
@@ -145,7 +147,7 @@ def agreed_before(transport: Transport, terms: Terms) -> Agreed:
 
 
 def _key(terms: Terms) -> bytes:
-    return _pack(0, replace(terms, forward=0))
+    return _pack(0, replace(terms, forward=0, place=0))
 
 
 def _not_known(got: str) -> UnsupportedError:
@@ -162,14 +164,15 @@ class _Answer:
     num_keys: int
     flipped: int
     forward: int
+    place: int
     text: str
 
 
 def _pack(call: int, terms: Terms | RingspanError) -> bytes:
     if isinstance(terms, RingspanError):
-        head, text = (1, call, 0, 0, 0, 0), f"{type(terms).__name__}: {terms}"
+        head, text = (1, call, 0, 0, 0, 0, 0), f"{type(terms).__name__}: {terms}"
     else:
-        head = (0, call, terms.num_queries, terms.num_keys, terms.flipped, terms.forward)
+        head = (0, call, terms.num_queries, terms.num_keys, terms.flipped, terms.forward, terms.place)
         text = json.dumps(terms.common, separators=(",", ":"))
     body = text.encode()
     if len(body) > _TEXT_BYTES:
@@ -179,26 +182,35 @@ def _pack(call: int, terms: Terms | RingspanError) -> bytes:
 
 
 def _unpack(message: bytes) -> _Answer:
-    refused, call, num_queries, num_keys, flipped, forward, length = _HEADER.unpack_from(message)
+    refused, call, num_queries, num_keys, flipped, forward, place, length = _HEADER.unpack_from(message)
     text = message[_HEADER.size : _HEADER.size + length].decode(errors="replace")
-    return _Answer(bool(refused), call, num_queries, num_keys, flipped, forward, text)
+    return _Answer(bool(refused), call, num_queries, num_keys, flipped, forward, place, text)
 
 
-def _compare_forwards(answers: Sequence[_Answer]) -> None:
-    """Ranks that go back through the same calls in another order: shapes and options are equal, gradients are not."""
-    known = {rank: answer.forward for rank, answer in enumerate(answers) if answer.forward}
-    if len(set(known.values())) <= 1:
-        return
-    by_call: dict[int, list[int]] = {}
-    for rank, number in known.items():
-        by_call.setdefault(number, []).append(rank)
-    raise DisagreementError(
-        explain(
-            "the ranks disagree on which call this is the backward of.",
-            got="; ".join(f"call {number} on {_ranks(ranks)}" for number, ranks in by_call.items()),
-            fix="the same order of backwards on every rank: one backward() of the sum of all losses has it",
-        )
+def _compare_order(answers: Sequence[_Answer]) -> None:
+    """Ranks that make the same calls in another order: shapes and options are equal, and results would be wrong."""
+    _compare_known(
+        "which call this is the backward of",
+        "call {}",
+        {rank: answer.forward for rank, answer in enumerate(answers)},
+        "the same order of backwards on every rank: one backward() of the sum of all losses has it",
     )
+    _compare_known(
+        "which call of a compiled graph this is",
+        "its call {}",
+        {rank: answer.place for rank, answer in enumerate(answers)},
+        "torch._inductor.config.reorder_for_peak_memory = False, or shards of equal lengths",
+    )
+
+
+def _compare_known(what: str, each: str, numbers: dict[int, int], fix: str) -> None:
+    ranks: dict[int, list[int]] = {}
+    for rank, number in numbers.items():
+        if number:
+            ranks.setdefault(number, []).append(rank)
+    if len(ranks) > 1:
+        got = "; ".join(f"{each.format(number)} on {_ranks(held)}" for number, held in ranks.items())
+        raise DisagreementError(explain(f"the ranks disagree on {what}.", got=got, fix=fix))
 
 
 def _compare(answers: Sequence[_Answer], ranks: Sequence[int], only: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from ringspan.arguments import (
     normalised_options,
     ranges_tensors,
 )
-from ringspan.autograd import attend, refuse_later
+from ringspan.autograd import attend, next_place_in_graph, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.layout import split
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
@@ -176,6 +176,7 @@ def ring_attention(
         options.transport,
         options.agreement,
         options.gradients,
+        next_place_in_graph() if torch.compiler.is_compiling() else 0,
     )
     return (out, lse) if return_lse else out
 

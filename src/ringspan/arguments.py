@@ -30,7 +30,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked, normalised. Window sides: -1 is unbounded. gradients: which of q, k, v, sinks require grad."""
+    """What was asked, normalised. Window sides: -1 is unbounded. gradients: which of q, k, v, sinks require grad.
+
+    place_in_graph: of a compiled call, which of its graph's calls it is, from 1; else 0.
+    """
 
     left: int = UNBOUNDED
     right: int = UNBOUNDED
@@ -42,6 +45,7 @@ class Options:
     transport: str = "auto"
     agreement: bool = True
     gradients: str = ""
+    place_in_graph: int = 0
 
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.fx.node import has_side_effect
 
 from ringspan import call, errors
@@ -20,6 +22,21 @@ from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.problem import KeyRanges
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
+
+_traced: WeakKeyDictionary[TracingContext, int] = WeakKeyDictionary()  # calls in the graph of each
+
+
+@torch.compiler.assume_constant_result
+def next_place_in_graph() -> int:
+    """While a graph is traced, which of its calls this is: a constant in it. Ranks trace the same program.
+
+    Inductor orders what is independent by the memory that it takes, and so by shapes, which differ between ranks.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return 0
+    _traced[context] = number = _traced.get(context, 0) + 1
+    return number
 
 
 @torch.library.custom_op("ringspan::attend", mutates_args=())
@@ -39,10 +56,10 @@ def attend(
     transport: str,
     agreement: bool,
     gradients: str,
+    place_in_graph: int,
 ) -> tuple[Tensor, Tensor]:
-    options = _options(
-        q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
-    )
+    rest = (layout, left, right, scale, kernel, transport, agreement, gradients, place_in_graph)
+    options = _options(q, group, cu_seqlens, key_ranges, *rest)
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
@@ -71,10 +88,10 @@ def attend_backward(
     transport: str,
     agreement: bool,
     gradients: str,
+    place_in_graph: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    options = _options(
-        q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
-    )
+    rest = (layout, left, right, scale, kernel, transport, agreement, gradients, place_in_graph)
+    options = _options(q, group, cu_seqlens, key_ranges, *rest)
     found = call.backward(resolve(group), d_out, d_lse, (q, k, v, out, lse), options)
     dq, dk, dv = (grad.to(q.dtype) for grad in found)
     return dq, dk, dv
@@ -109,7 +126,7 @@ refuse_later.register_autograd(lambda ctx, *_: (None,) * 5)
 
 
 def _options(
-    q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, gradients
+    q, group, cu_seqlens, key_ranges, layout, left, right, scale, kernel, transport, agreement, *rest
 ) -> Options:
     """What an op was given as the call knows it. If a mask's values cannot be had, the other ranks must hear of it."""
     try:
@@ -119,7 +136,7 @@ def _options(
         if not agreement:
             raise
         call.refuse(resolve(group), error, q)
-    return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, gradients)
+    return Options(left, right, documents, ranges, layout, scale, kernel, transport, agreement, *rest)
 
 
 def _keep(ctx, inputs, output) -> None:
@@ -131,7 +148,7 @@ def _keep(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, d_out: Tensor | None, d_lse: Tensor | None):
-    group, *_, agreement, gradients = ctx.options
+    group, *_, agreement, gradients, _ = ctx.options
     try:
         q, k, v, out, lse, sinks, cu_seqlens, *key_ranges = ctx.saved_tensors
         if d_out is None:

@@ -93,7 +93,7 @@ def forward(
         check_ranges(options.key_ranges, q)
         terms = _terms("ring_attention", (q, k, v), options, ring)
         terms.common["whether there are sinks"] = sinks is not None
-        return terms
+        return replace(terms, place=options.place_in_graph)
 
     with on_device_of(q):
         channel, agreed, number = begin(transport, check, options.agreement, ring)
