@@ -230,7 +230,7 @@ def test_fake_cuda_tensors_give_results_of_the_right_device_shape_and_dtype():
     with FakeTensorMode(), torch.no_grad():
         q, k, v = (torch.empty(2, heads, 64, 32, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
         out, lse = ringspan.ring_attention(q, k, v, causal=True, return_lse=True)
-        options = (None, [], "alone", "zigzag", -1, 0, None, "auto", "auto", True, "qkv")
+        options = (None, [], "alone", "zigzag", -1, 0, None, "auto", "auto", True, "qkv", 0)
         grads = torch.ops.ringspan.attend_backward(out, None, q, k, v, out, lse, *options)
     assert [x.shape for x in (out, lse, *grads)] == [q.shape, q.shape[:3], q.shape, k.shape, v.shape]
     assert [x.dtype for x in (out, lse, *grads)] == [q.dtype, torch.float32, q.dtype, q.dtype, q.dtype]

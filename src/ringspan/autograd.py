@@ -26,7 +26,6 @@ from ringspan.transport.table import resolve
 _traced: WeakKeyDictionary[TracingContext, int] = WeakKeyDictionary()  # calls in the graph of each
 
 
-@torch.compiler.assume_constant_result
 def next_place_in_graph() -> int:
     """While a graph is traced, which of its calls this is: a constant in it. Ranks trace the same program.
 
@@ -37,6 +36,10 @@ def next_place_in_graph() -> int:
         return 0
     _traced[context] = number = _traced.get(context, 0) + 1
     return number
+
+
+# As torch.compiler.assume_constant_result does, which loads torch._dynamo, and with it Triton.
+next_place_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @torch.library.custom_op("ringspan::attend", mutates_args=())
