@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -198,7 +199,8 @@ def from_mask_mod(
         for b in range(entries):
             entry = any_entry if batch is None else torch.tensor(b, device=device)
             for block in torch.arange(num_queries, device=device).split(rows):
-                seen = over_queries(entry, any_head, block, keys)
+                with _indexing_by_batched_tensors():
+                    seen = over_queries(entry, any_head, block, keys)
                 if seen.dtype != torch.bool:
                     raise ArgumentTypeError(explain("mask_mod must return a bool tensor.", got=str(seen.dtype)))
                 yield seen
@@ -207,6 +209,15 @@ def from_mask_mod(
     if not entries * num_queries * num_keys:
         return [torch.zeros(*shape, 2, dtype=torch.int64)]
     return _ranges_of(shape, blocks())
+
+
+def _indexing_by_batched_tensors() -> AbstractContextManager:
+    """As FlexAttention does: older torch (2.9) reads the number of an index like document[q], which vmap forbids."""
+    try:
+        from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+    except ImportError:
+        return nullcontext()
+    return TransformGetItemToIndex()
 
 
 class _Unknown:
