@@ -43,7 +43,7 @@ from ringspan.transport.contract import Channel, Transport
 
 
 @dataclass(frozen=True)
-class Ring:
+class Membership:
     """Which ranks of the group form this rank's ring, and what only the SPMD entries ask for.
 
     groups: the rings that run side by side and take part in one agreement; None: one ring of the whole group.
@@ -73,7 +73,7 @@ class Ring:
         return terms
 
 
-WHOLE_GROUP = Ring()
+WHOLE_GROUP = Membership()
 
 
 def forward(
@@ -82,7 +82,7 @@ def forward(
     k: Tensor,
     v: Tensor,
     options: Options,
-    ring: Ring = WHOLE_GROUP,
+    ring: Membership = WHOLE_GROUP,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of this rank's queries; shapes as in `ringspan.ring_attention`."""
@@ -112,7 +112,7 @@ def backward(
     d_lse: Tensor | None,
     saved: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     options: Options,
-    ring: Ring = WHOLE_GROUP,
+    ring: Membership = WHOLE_GROUP,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) in the state's dtype, given saved = (q, k, v, out, lse) of the forward."""
     q, k, v, out, lse = saved
@@ -175,7 +175,7 @@ def on_device_of(*given: object) -> AbstractContextManager:
 
 
 def begin(
-    transport: Transport, check: Callable[[], Terms], agreement: bool, ring: Ring = WHOLE_GROUP
+    transport: Transport, check: Callable[[], Terms], agreement: bool, ring: Membership = WHOLE_GROUP
 ) -> tuple[Channel, Agreed, int]:
     """This rank's own check, then the exchange with the others; the channel for what follows, and the call's number.
 
@@ -216,7 +216,7 @@ def _is_captured(device_type: str) -> bool:
     return device_type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _check_capture(q: Tensor, v: Tensor, options: Options, ring: Ring) -> None:
+def _check_capture(q: Tensor, v: Tensor, options: Options, ring: Membership) -> None:
     """Of a mask, or a mask's kernel, that no graph can hold, on every rank alike: before any of them has begun."""
     if not _is_captured(q.device.type):
         return
@@ -239,7 +239,7 @@ def _kernel_for(options: Options, q: Tensor, v: Tensor, only_tile: bool = False)
 
 
 def _agreed(
-    transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Ring, captured: bool
+    transport: Transport, call: int, terms: Terms | RingspanError, agreement: bool, ring: Membership, captured: bool
 ) -> Agreed:
     if not agreement:
         return unchecked(terms, len(ring.members(transport)))
@@ -291,7 +291,7 @@ class _Decided:
     scale: float
     rank: int
 
-    def job(self, backward: bool, flipped: int, ring: Ring, sinks: bool = False) -> execute.Job:
+    def job(self, backward: bool, flipped: int, ring: Membership, sinks: bool = False) -> execute.Job:
         # Bounds belong to the queries of a rank, so with them it is the keys that travel.
         travels = "keys" if ring.bounds is not None else travelling_side(self.problem, backward)
         rides = backward or travels == "queries"
@@ -354,7 +354,7 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
 _Q, _K, _V, _DO = 1, 2, 4, 8  # bits of Terms.flipped
 
 
-def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -> Terms:
+def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Membership) -> Terms:
     q, k, v = tensors[:3]
     ranges = None
     if options.key_ranges is not None:
@@ -384,7 +384,7 @@ def _terms(call: str, tensors: Sequence[Tensor], options: Options, ring: Ring) -
     return Terms(common, q.shape[2], k.shape[2], flipped, options.transport, q.device.type)
 
 
-def _mask_terms(options: Options, ring: Ring) -> dict[str, object]:
+def _mask_terms(options: Options, ring: Membership) -> dict[str, object]:
     """By the names that the caller knows."""
     if ring.equal_lengths:  # the SPMD entries
         return {"use_causal_mask": options.right == 0, "striped_input": options.layout == "striped"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from ringspan import arrays, call
 from ringspan.arguments import Options, check_alike, check_tensor, check_tensors, normalised_options
 from ringspan.arrays import Array
-from ringspan.call import Ring
+from ringspan.call import Membership
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
 from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
@@ -89,7 +89,7 @@ def _forward(
         arrays.check_returnable(lse_type, kind)
         options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
         bounds = _bounds(bound_min, bound_max, tq, use_causal_mask and striped_input)
-        ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
+        ring = Membership(_rings(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
         call.refuse(transport, error, q, k, v)
     with torch.no_grad():
@@ -154,7 +154,7 @@ def _backward(
         lse = _unfolded(lse, q)
         options = _options(softmax_scale, use_causal_mask, striped_attention, "striped_attention")
         bounds = _bounds(bound_min, bound_max, q, use_causal_mask and striped_attention)
-        ring = Ring(_rings(replica_groups, num_workers, transport), True, bounds)
+        ring = Membership(_rings(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
         call.refuse(transport, error, q_ref, k_ref, v_ref)
     # Without a launch, lnc_size says how many cores; the default 1 leaves a plain call all that the worker has.
