@@ -8,6 +8,7 @@ import torch
 
 from ringspan.kernels import measured
 from ringspan.kernels.reference import Reference
+from ringspan.kernels.table import choose
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
@@ -29,7 +30,8 @@ def test_every_section_is_measured_and_nothing_is_wrong(found):
     for title in ("forward:", "backward:", "rings of", "merge of", "peak memory", "targets", "versions ", "date "):
         assert title in text, title
     assert "Error" not in text and "WRONG" not in text and "out of time" not in text
-    for name in ("own (native)", "flash + merge", "auto, ring of 1", "torch flash", "ring of 4"):
+    own = choose("auto", torch.bfloat16, torch.device("cpu"), 64).name
+    for name in (f"own ({own})", "flash + merge", "auto, ring of 1", "torch flash", "ring of 4"):
         assert f" {name} " in text, name
 
 

@@ -169,8 +169,10 @@ def test_where_a_processor_gains_nothing_by_rounded_weights_they_are_refused():
     assert "native_rounded: this processor multiplies bfloat16 no faster than float32 (baseline)" in said
 
 
-def test_auto_does_not_round_weights():
-    assert choose("auto", torch.bfloat16, torch.device("cpu"), 64).name == "native"
+def test_auto_rounds_the_weights_of_bfloat16_where_that_is_faster():
+    gains = _native.info()["rounds_weights"]
+    chosen = [choose("auto", dtype, torch.device("cpu"), 64).name for dtype in (torch.bfloat16, torch.float16)]
+    assert chosen == ["native_rounded" if gains else "native", "native"]
 
 
 def test_where_it_is_required_a_missing_module_is_a_failure():

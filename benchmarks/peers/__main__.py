@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.peers import records, report, targets
-from benchmarks.peers.adapters import BASELINE, NATIVE, OTHERS, PEERS, RING, ROUNDED, PlainRing
+from benchmarks.peers.adapters import BASELINE, FLOAT32_WEIGHTS, NATIVE, OTHERS, PEERS, RING, PlainRing
 from benchmarks.peers.contract import Problem
 from benchmarks.peers.environments import Environments
 from benchmarks.peers.measure import Bench, Contender
@@ -90,7 +90,7 @@ def grid_cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def grid_contenders(args: argparse.Namespace, dtype: str, processes: int) -> list[Contender]:
-    ours = (RING, ROUNDED) if dtype == "bfloat16" else (RING,)
+    ours = (RING, FLOAT32_WEIGHTS) if dtype == "bfloat16" else (RING,)
     others = [peer for peer in OTHERS if not args.only or peer.name in args.only]
     return [(BASELINE, 1), (NATIVE, 1), *((peer, processes) for peer in (*ours, *others))]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.peers.adapters import BASELINE, LOCAL, NATIVE, RING, ROUNDED
+from benchmarks.peers.adapters import BASELINE, FLOAT32_WEIGHTS, LOCAL, NATIVE, RING
 from benchmarks.peers.measure import Outcome, ratios, spread
 from benchmarks.peers.records import Record
 
-OURS = (RING.name, ROUNDED.name, NATIVE.name, LOCAL.name)
+OURS = (RING.name, FLOAT32_WEIGHTS.name, NATIVE.name, LOCAL.name)
 
 
 def text(records: Sequence[Record]) -> str:

@@ -11,14 +11,14 @@ from benchmarks.peers.adapters.ring_flash_attn import RingFlashAttn
 from benchmarks.peers.adapters.ringattention_jax import RingattentionJax
 from benchmarks.peers.adapters.ringspan_local import RingspanLocal
 from benchmarks.peers.adapters.ringspan_native import RingspanNative
-from benchmarks.peers.adapters.ringspan_processes import RingspanProcesses, RingspanRounded
+from benchmarks.peers.adapters.ringspan_processes import RingspanFloat32Weights, RingspanProcesses
 from benchmarks.peers.adapters.torch_context_parallel import TorchContextParallel
 from benchmarks.peers.adapters.torch_single import TorchSingle
 from benchmarks.peers.adapters.yunchang import YunchangRing, YunchangUlysses
 from benchmarks.peers.contract import Peer
 
 BASELINE, NATIVE, RING, LOCAL = TorchSingle(), RingspanNative(), RingspanProcesses(), RingspanLocal()
-ROUNDED = RingspanRounded()  # bfloat16 alone
+FLOAT32_WEIGHTS = RingspanFloat32Weights()  # bfloat16 alone
 OTHERS: tuple[Peer, ...] = (
     PlainRing(),
     TorchContextParallel(),
@@ -31,4 +31,4 @@ OTHERS: tuple[Peer, ...] = (
     RingattentionJax(),
     JaxShardMap(),
 )
-PEERS = {peer.name: peer for peer in (BASELINE, NATIVE, RING, ROUNDED, LOCAL, *OTHERS)}
+PEERS = {peer.name: peer for peer in (BASELINE, NATIVE, RING, FLOAT32_WEIGHTS, LOCAL, *OTHERS)}

@@ -8,7 +8,7 @@ from benchmarks.peers.contract import Peer, contiguous
 class RingspanNative(Peer):
     name = "ringspan, one process"
     packages = ("ringspan",)
-    note = "a ring of one, native kernel, all cores"
+    note = "a ring of one, all cores"
     one_process = True
 
     def ranges(self, problem, rank, workers):
@@ -20,5 +20,5 @@ class RingspanNative(Peer):
         import ringspan
 
         return torch_side.calls(
-            problem, shards, lambda q, k, v: ringspan.ring_attention(q, k, v, causal=problem.causal, kernel="native")
+            problem, shards, lambda q, k, v: ringspan.ring_attention(q, k, v, causal=problem.causal)
         )

@@ -24,7 +24,7 @@ class RingspanProcesses(Peer):
         return torch_side.calls(problem, shards, lambda q, k, v: ringspan.ring_attention(q, k, v, **options))
 
 
-class RingspanRounded(RingspanProcesses):
-    name = "ringspan, rounded"
-    note = "zigzag if causal; kernel native_rounded: weights rounded to bfloat16, as torch's are"
-    kernel = "native_rounded"
+class RingspanFloat32Weights(RingspanProcesses):
+    name = "ringspan, f32 weights"
+    note = "zigzag if causal; kernel native, which keeps the weights of bfloat16 calls in float32"
+    kernel = "native"

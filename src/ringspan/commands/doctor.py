@@ -21,7 +21,7 @@ from ringspan.commands.attend import num_cores
 from ringspan.commands.report import console
 from ringspan.commands.source import RandomSource
 from ringspan.kernels import hopper_kernel, measured
-from ringspan.kernels.table import KERNELS, ROUNDED, TRITON
+from ringspan.kernels.table import KERNELS, TRITON
 from ringspan.kernels.torch_cuda import LIBRARIES, serving
 from ringspan.transport import segments
 
@@ -81,7 +81,7 @@ def _kernels() -> Table:
         probes += [(dtype, torch.device("cuda")) for dtype in (torch.float32, torch.bfloat16)]
     names = [f"{device.type} {str(dtype).removeprefix('torch.')}" for dtype, device in probes]
     table = _table(
-        f"kernels, as kernel='auto' asks them ({ROUNDED.name}: only by name); [lnc]: whether a launch sets the threads",
+        "kernels, as kernel='auto' asks them; [lnc]: whether a launch sets the threads",
         "name",
         *names,
         "[lnc]",

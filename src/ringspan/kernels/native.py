@@ -92,7 +92,7 @@ class Native:
 
 class NativeRounded(Native):
     """The same with p and ds rounded to bfloat16 before they meet v, do, k and q, as in torch's attention and in the
-    kernels of GPUs: faster where a processor multiplies bfloat16, and not as exact."""
+    kernels of GPUs: for processors that multiply bfloat16 faster (docs/decisions/0013-rounded-weights.md)."""
 
     name = "native_rounded"
     rounds_weights = True

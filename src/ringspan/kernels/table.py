@@ -13,8 +13,7 @@ from ringspan.kernels.torch_ops import TorchOps
 from ringspan.kernels.triton_kernel import Triton
 
 TRITON = Triton()
-ROUNDED = NativeRounded()
-KERNELS: tuple[Kernel, ...] = (Native(), ROUNDED, TRITON, TorchOps(), Reference())
+KERNELS: tuple[Kernel, ...] = (NativeRounded(), Native(), TRITON, TorchOps(), Reference())
 # Asked first by "auto" where one tile is all that the call's rows see; merging what it returns would not be exact.
 FOR_AN_ONLY_TILE: tuple[Kernel, ...] = (TorchCuda(TRITON),)
 
@@ -47,8 +46,5 @@ def choose(name: str, dtype: torch.dtype, device: torch.device, head_dim: int, o
 
 
 def _in_auto(kernel: Kernel, device: torch.device) -> bool:
-    # Who wants less exact results says so.
-    if kernel is ROUNDED:
-        return False
     # On CPUs Triton has an interpreter, for tests, that is thousands of times slower than any other kernel.
     return kernel is not TRITON or device.type != "cpu"
