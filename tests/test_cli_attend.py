@@ -13,6 +13,8 @@ from ringspan.commands.asked import Asked
 from ringspan.commands.job import Spent
 from ringspan.commands.source import RandomSource
 from ringspan.layout import LAYOUTS, split
+from ringspan.observe import StepRecord
+from ringspan.schedule.contract import Step
 
 
 @pytest.fixture
@@ -74,9 +76,10 @@ def test_processes_write_what_the_definition_says_and_tell_how_it_went(tmp_path)
     ("waits_and_flights", "told"),
     [
         ([(0.0, None), (0.1, None)], "none: shards are read in place"),
-        ([(0.0, 0.0), (0.1, None)], "100% / 100% / 100% of their time hidden behind computing"),
+        ([(0.0, 0.0), (0.1, None)], "100% of their time hidden behind computing"),
         ([(0.0, 0.0), (1.0, 4.0)], "75% / 75% / 100% of their time hidden behind computing"),
-        ([(5.0, 4.0)], "0% / 0% / 0% of their time hidden behind computing"),
+        ([(5.0, 4.0), (9.0, 4.0)], "0% / 0% / 0% of their time hidden behind computing"),
+        ([(0.0, None)], "none: there is one worker"),
     ],
 )
 def test_transfers_that_were_never_waited_for_are_not_taken_for_none(waits_and_flights, told):
@@ -153,6 +156,27 @@ def test_queries_and_keys_may_differ_in_number(tmp_path, ringspan):
     ended = ringspan("attend", path, "--workers", 3, "--transport", "local", "--out", out)
     assert ended.status == 0 and "10 queries, 33 keys" in ended.out
     assert relative(load_file(out)["out"], expected(path)[0]) < 2e-6
+
+
+def test_few_rows_and_one_worker_are_told_as_such(ringspan):
+    ended = ringspan("attend", "--tokens", 10, "--workers", 1, "--transport", "local")
+    assert "on 10 rows against" in ended.out and "1 thread of one process" in ended.out
+    assert "none: there is one worker" in ended.out and re.search(r"computing +│ \d+% of the time", ended.out)
+    assert re.search(r"time +│ [\d.]+ ms, ", ended.out)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is measured on Linux")
+def test_what_a_process_loads_once_is_not_the_memory_of_a_ring_of_threads():
+    ended = command("attend", "--tokens", 500, "--workers", 3, "--transport", "local", "--causal")
+    assert ended.status == 0, ended.err
+    assert int(re.search(r"peak memory +│ (\d+) MiB beyond inputs", ended.out).group(1)) < 60
+
+
+def test_the_time_left_counts_from_the_beginning_of_the_first_step(capsys):
+    bars = report.Bars(None, "worker 0", 4)
+    times = dict(begin_ns=10**9, handed_ns=10**9, posted_ns=10**9, computed_ns=3 * 10**9, end_ns=3 * 10**9)
+    bars.step(StepRecord("forward", Step(0, 0, ()), 1, 4, **times, computed=(0,), flights=()))
+    assert capsys.readouterr().err == "step 1 of 4 of worker 0, about 6 s left\n"
 
 
 def test_more_workers_than_tokens_are_no_trouble(tmp_path, ringspan):

@@ -27,7 +27,13 @@ _PARTS = ("compute", "wait", "flight")
 def run_in_threads(job: Job) -> Exit:
     """The whole job in this process, its workers threads."""
     with report.progress("all workers", sum(map(job.num_steps, range(job.num_workers)))) as bars:
-        shards = run_local(lambda group: load(job, group.rank()), job.num_workers)
+
+        def prepare(group: Any) -> tuple[Tensor, Tensor, Tensor]:
+            shard = load(job, group.rank())
+            warm_up(group, job, shard)  # here too, or what is loaded once a process would count as the ring's memory
+            return shard
+
+        shards = run_local(prepare, job.num_workers, timeout=job.timeout_s)
         memory = PeakMemory()
 
         def work(group: Any) -> tuple[Tensor, Tensor, Spent]:
@@ -72,12 +78,16 @@ def load(job: Job, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def warm_up(group: Any, job: Job, shard: tuple[Tensor, Tensor, Tensor]) -> None:
+    """One token each: connects the workers, and lets all of them start the clock together."""
+    ring_attention(*(x[:, :, :1] for x in shard), group=group, kernel=job.asked.kernel, transport=job.transport)
+
+
 def attend_shard(
     group: Any, job: Job, shard: tuple[Tensor, Tensor, Tensor], watch: Callable[[observe.StepRecord], object]
 ) -> tuple[Tensor, Tensor, Spent]:
     """out and lse of this worker's queries, and what they took."""
-    # One token each: connects the workers, and lets all of them start the clock together.
-    ring_attention(*(x[:, :, :1] for x in shard), group=group, kernel=job.asked.kernel, transport=job.transport)
+    warm_up(group, job, shard)
     records: list[observe.StepRecord] = []
 
     def note(record: observe.StepRecord) -> None:

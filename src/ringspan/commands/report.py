@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -55,16 +54,16 @@ class Bars:
         self._ring = None if progress is None else progress.add_task(f"ring steps of {whose}", total=num_steps)
         self._rows: TaskID | None = None
         self._lock = threading.Lock()
-        self._begin: float | None = None
+        self._begin_ns: int | None = None
 
-    def step(self, _: StepRecord) -> None:
+    def step(self, record: StepRecord) -> None:
         with self._lock:  # workers that are threads all call this
-            self._begin = self._begin or time.monotonic()
+            self._begin_ns = self._begin_ns or record.begin_ns
             self._num_done += 1
             if self._progress is not None and self._ring is not None:
                 self._progress.advance(self._ring)
             elif self._num_done * _LINES // self._num_steps > (self._num_done - 1) * _LINES // self._num_steps:
-                left_s = (time.monotonic() - self._begin) * (self._num_steps / self._num_done - 1)
+                left_s = (record.end_ns - self._begin_ns) * 1e-9 * (self._num_steps / self._num_done - 1)
                 told = f"step {self._num_done} of {self._num_steps} of {self._whose}, about {left_s:.0f} s left"
                 print(told, file=sys.stderr, flush=True)
 
@@ -107,13 +106,17 @@ def show(
     seconds = max(one.seconds for one in spent)
     table = Table(box=box.ROUNDED, show_header=False, title="exact attention, in a ring", title_justify="left")
     table.title_style, table.caption_justify = "bold", "left"
-    table.caption = "a / b / c: the least, the median and the most of the workers" if job.num_workers > 1 else None
+    if job.num_workers > 1:
+        table.caption = (
+            "a / b / c: the least, the median and the most of the workers; in the rest of the time they agree,\n"
+            "wait for a core, or are done and wait for the others"
+        )
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     for name, value in (
         ("input", f"{job.source.label}, {_dtype(job)}"),
         ("tokens", _tokens(job)),
-        ("workers", f"{job.num_workers} {'processes' if job.processes else 'threads of one process'}"),
+        ("workers", _workers(job)),
         ("layout", job.asked.layout),
         ("mask", job.asked.mask_in_words()),
         ("time", _time(job, seconds)),
@@ -121,7 +124,7 @@ def show(
         ("waiting", _shares([one.wait_s / seconds for one in spent]) + " for transfers"),
         ("transfers", _transfers(spent)),
         ("peak memory", _memory(job, spent, peak_bytes)),
-        ("error", _error(verdict)),
+        ("error", _error(verdict, min(NUM_ROWS, job.source.shapes["q"][2]))),
         *((("plain torch", _plain(plain, seconds)),) if plain else ()),
         *((("trace", f"{job.trace}: opens in ui.perfetto.dev"),) if job.trace else ()),
         *((("written", _written(job) if verdict.passed else Text("nothing", style="red")),) if job.out else ()),
@@ -141,17 +144,27 @@ def _tokens(job: Job) -> str:
     batched = f"batch {batch}, " if batch > 1 else ""
     of_values = job.source.shapes["v"][3]
     dims = f"head_dim {dim}" if dim == of_values else f"head_dim {dim}, of v {of_values}"
-    return f"{tokens} ({batched}{_count(heads, 'head')}{grouped}, {dims})"
+    return f"{tokens} ({batched}{count(heads, 'head')}{grouped}, {dims})"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _workers(job: Job) -> str:
+    if not job.processes:
+        return f"{count(job.num_workers, 'thread')} of one process"
+    return count(job.num_workers, "process", "processes")
+
+
+def count(number: int, what: str, several: str | None = None) -> str:
+    return f"{number} {what if number == 1 else several or what + 's'}"
 
 
 def _time(job: Job, seconds: float) -> str:
-    flops = job.problem.forward_flops()
+    rate = job.problem.forward_flops() / seconds / 1e9
     pairs = job.mask.num_visible_pairs()
-    return f"{seconds:.2f} s, {flops / seconds / 1e9:,.0f} GFLOP/s ({pairs:,} visible pairs a head)"
+    return f"{_seconds(seconds)}, {rate:,.{0 if rate >= 10 else 1}f} GFLOP/s ({pairs:,} visible pairs a head)"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{seconds * 1e3:.2f} ms"
 
 
 def _shares(shares: list[float]) -> str:
@@ -161,6 +174,8 @@ def _shares(shares: list[float]) -> str:
 def _transfers(spent: Sequence[Spent]) -> str:
     """Hidden is what a worker did not wait for, of the time that shards were on their way to it."""
     hidden = sorted(_hidden(one.wait_s, one.flight_s) for one in spent if one.flight_s is not None)
+    if len(spent) == 1:
+        return "none: there is one worker"
     if not hidden:
         return "none: shards are read in place"
     return f"{_spread([f'{share:.0%}' for share in hidden])} of their time hidden behind computing"
@@ -171,7 +186,9 @@ def _hidden(wait_s: float, flight_s: float) -> float:
 
 
 def _spread(ascending: list[str]) -> str:
-    """Least, median (the lower one of two) and most."""
+    """Least, median (the lower one of two) and most; of one worker its own."""
+    if len(ascending) == 1:
+        return ascending[0]
     return " / ".join((ascending[0], ascending[(len(ascending) - 1) // 2], ascending[-1]))
 
 
@@ -205,12 +222,14 @@ def _mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.0f}"
 
 
-def _error(verdict: Verdict) -> Text:
+def _error(verdict: Verdict, num_rows: int) -> Text:
     mark = Text("✓ ", style="bold green") if verdict.passed else Text("✗ ", style="bold red")
     why = "" if verdict.plain is None else f": twice plain attention's {verdict.plain:.1e}"
-    told = f"{verdict.out_error:.1e} on {NUM_ROWS} rows against float64 attention (bound {verdict.bound:.1e}{why})"
+    rows = count(num_rows, "row")
+    told = f"{verdict.out_error:.1e} on {rows} against float64 attention (bound {verdict.bound:.1e}{why})"
+    told += f", worst row {verdict.row_error:.1e}"
     if not verdict.row_error <= verdict.row_bound:
-        told += f"; the worst row {verdict.row_error:.1e} (bound {verdict.row_bound:.1e})"
+        told += f" (bound {verdict.row_bound:.1e})"
     if not verdict.lse_error <= verdict.lse_bound:
         told += f"; lse {verdict.lse_error:.1e} (bound {verdict.lse_bound:.1e})"
     return mark + Text(told)
@@ -219,7 +238,7 @@ def _error(verdict: Verdict) -> Text:
 def _plain(plain: Plain, seconds: float) -> str:
     ratio = plain.seconds / seconds
     than = f"{ratio:.2f} times the ring's time"
-    return f"{plain.seconds:.2f} s, {than}, error {plain.error:.1e} ({_count(plain.num_threads, 'thread')})"
+    return f"{_seconds(plain.seconds)}, {than}, error {plain.error:.1e} ({count(plain.num_threads, 'thread')})"
 
 
 def _written(job: Job) -> str:

@@ -73,7 +73,11 @@ def open_file(path: Path) -> FileSource:
         raise ArgumentError(explain("INPUT cannot be read.", got=f"{path}: {error.strerror or error}")) from None
     except SafetensorError as error:
         raise ArgumentError(
-            explain("INPUT is not a whole safetensors file.", got=f"{path}: {error}", fix="safetensors.torch.save_file")
+            explain(
+                "INPUT is not a whole safetensors file.",
+                got=f"{path}: {error}",
+                fix="write it with safetensors.torch.save_file",
+            )
         ) from None
     _refuse_missing(path, held)
     source = FileSource(path, {name: tuple(x.get_shape()) for name, x in slices.items()}, _common_dtype(path, slices))
