@@ -4,7 +4,8 @@ import pytest
 import torch
 from command_line import CommandLine
 
-from ringspan.commands import doctor
+from ringspan import _native
+from ringspan.commands import doctor, report
 from ringspan.kernels import measured
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.reference import Reference
@@ -25,6 +26,16 @@ def test_doctor_tells_versions_kernels_transports_and_tries_a_ring(ringspan):
     assert re.search(r"torch_dist +gloo +✓", ended.out)
     assert re.search(r"✓ a ring of 3 threads over 301 tokens.*error \d\.\de-\d+", ended.out)
     assert all(len(line) <= 100 for line in ended.out.splitlines())
+    assert re.search(rf"native kernel +{_native.info()['isa']} ", ended.out)
+
+
+def test_a_narrow_terminal_gets_every_word_of_doctor(ringspan, monkeypatch):
+    monkeypatch.setattr(report, "_WIDTH", 60)
+    out = ringspan("doctor").out
+    assert all(len(line) <= 60 for line in out.splitlines()) and "…" not in out
+    assert re.search(r"^  native_rounded: it is for bfloat16", out, re.MULTILINE)
+    told = " ".join(out.split())
+    assert "local: threads of one process" in told and "float64, or head_dim > 256: always" in told
 
 
 def test_doctor_shows_why_a_kernel_declines(ringspan, monkeypatch):

@@ -735,6 +735,23 @@ def test_an_unknown_instruction_set_is_an_error():
     assert "got 'mmx'" in done.stderr
 
 
+def test_an_unknown_instruction_set_is_refused_before_a_call_begins():
+    code = (
+        "import ringspan, torch; q = torch.randn(1, 2, 8, 16)\n"
+        "try: ringspan.run_local(lambda group: ringspan.ring_attention(q, q, q), 2)\n"
+        "except ringspan.ArgumentError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"RINGSPAN_ISA": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "RINGSPAN_ISA must name an instruction set" in done.stdout
+
+
 OTHER_ISAS = [isa for isa in _native.info()["isas"] if isa != _native.info()["isa"]]
 
 

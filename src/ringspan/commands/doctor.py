@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from rich import box
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,12 +21,13 @@ from ringspan.commands.asked import Asked, Exit
 from ringspan.commands.attend import num_cores
 from ringspan.commands.report import console
 from ringspan.commands.source import RandomSource
-from ringspan.kernels import hopper_kernel, measured
+from ringspan.kernels import hopper_kernel, measured, native
 from ringspan.kernels.table import KERNELS, TRITON
 from ringspan.kernels.torch_cuda import LIBRARIES, serving
 from ringspan.transport import segments
 
 _HEAD_DIM = 64
+_WIDE = 84  # columns; a terminal of fewer has no room for sentences in tables
 _PACKAGES = ("torch", "numpy", "rich", "typer", "safetensors", "ml_dtypes")
 _NUM_WORKERS, _NUM_TOKENS = 3, 301
 
@@ -33,7 +35,7 @@ _NUM_WORKERS, _NUM_TOKENS = 3, 301
 def run() -> Exit:
     out = console()
     for table in (_machine(), _kernels(), _on_gpus(), _transports()):
-        out.print(table)
+        out.print(_fitted(table, out.width))
     error, bound = _small_ring()
     passed = error <= bound
     told = f"a ring of {_NUM_WORKERS} threads over {_NUM_TOKENS} tokens, causal and striped: "
@@ -42,21 +44,41 @@ def run() -> Exit:
 
 
 def _table(title: str, *headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", min_width=84)
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", min_width=_WIDE)
     for header in headers:
         table.add_column(header, no_wrap=header != headers[-1])
     table.show_header = bool(headers[0])
     return table
 
 
+def _fitted(table: Table, width: int) -> RenderableType:
+    """The table; where that would squeeze its last column, this one's words below it, a line for each row."""
+    if width >= _WIDE or not table.show_header:
+        return table
+    names, seconds, words = (tuple(table.columns[place].cells) for place in (0, 1, -1))
+    if table.columns[1].header == "":
+        names = tuple(f"{name} {second}".strip() for name, second in zip(names, seconds, strict=True))
+    del table.columns[-1]
+    table.min_width = None
+    return Group(table, *(Text(f"  {name}: {told}") for name, told in zip(names, words, strict=True) if told), "")
+
+
 def _machine() -> Table:
     table = _table(f"ringspan {ringspan.__version__}, Python {platform.python_version()}", "", "")
     table.add_row("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
     table.add_row("processor", f"{num_cores()} cores, {torch.get_num_threads()} torch threads, {platform.machine()}")
+    table.add_row("native kernel", _native())
     table.add_row("memory", _memory())
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none that this torch can use")
     return table
+
+
+def _native() -> str:
+    isa, isas = native.info()["isa"], native.info()["isas"]
+    if isa is None:
+        return "not compiled"
+    return f"{isa} (RINGSPAN_ISA chooses among {', '.join(isas)})"
 
 
 def _version(package: str) -> str:
@@ -81,7 +103,7 @@ def _kernels() -> Table:
         probes += [(dtype, torch.device("cuda")) for dtype in (torch.float32, torch.bfloat16)]
     names = [f"{device.type} {str(dtype).removeprefix('torch.')}" for dtype, device in probes]
     table = _table(
-        "kernels, as kernel='auto' asks them; [lnc]: whether a launch sets the threads",
+        "kernels, in the order of kernel='auto'; [lnc]: see docs/spmd.md",
         "name",
         *names,
         "[lnc]",
@@ -121,7 +143,7 @@ def _only_tile(capability: measured.Capability) -> tuple[str, str, str]:
     known = any(m.capability == capability for m in rows)
     told = f"measured: {measured.table_path()}" if known else "an estimate, until benchmarks/gpu.py --write-table"
     name = ".".join(map(str, capability))
-    return f"bfloat16 on {name}, d 64 / 128", " / ".join(ways), f"one tile is all its rows see, and all of it ({told})"
+    return f"bfloat16 on {name}, d 64 / 128", " / ".join(ways), f"a rank's only tile, nothing in it hidden ({told})"
 
 
 def _transports() -> Table:

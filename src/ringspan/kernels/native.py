@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from ringspan.errors import ArgumentError
 from ringspan.kernels.contract import KeyRun
 from ringspan.kernels.threads import num_threads
 from ringspan.state import SoftmaxState
@@ -26,6 +28,17 @@ except ImportError as error:
     if os.environ.get("RINGSPAN_REQUIRE_NATIVE") == "1":
         raise
     _missing = f"the compiled module is not there ({error}); install ringspan with a C++20 compiler to have it"
+
+
+@functools.cache
+def info() -> dict[str, Any]:
+    """isa: the instruction set in use; isas: those that this processor and build have; rounds_weights."""
+    if _missing is not None:
+        return {"isa": None, "isas": [], "rounds_weights": False}
+    try:
+        return _native.info()
+    except ValueError as error:  # before a call begins, so that it is a refusal that all ranks hear of
+        raise ArgumentError(str(error)) from None
 
 
 # Tensors go to C++ as capsules. Taking them from Tensor.__dlpack__, as nanobind would, is Python code: 3 microseconds a
@@ -46,6 +59,7 @@ class Native:
             return f"its arithmetic is float32, {dtype} needs more"
         if head_dim > _LARGEST_HEAD_DIM:
             return f"it serves head_dim up to {_LARGEST_HEAD_DIM}, not {head_dim}"
+        info()
         return None
 
     def absorb(self, state: SoftmaxState, q: Tensor, k: Tensor, v: Tensor, visible: RowIntervals, scale: float) -> None:
@@ -103,8 +117,8 @@ class NativeRounded(Native):
             return declined
         if dtype != torch.bfloat16:
             return f"it is for bfloat16, these are {dtype}"
-        if not _native.info()["rounds_weights"]:
-            return f"this processor multiplies bfloat16 no faster than float32 ({_native.info()['isa']}): take native"
+        if not info()["rounds_weights"]:
+            return f"this processor multiplies bfloat16 no faster than float32 ({info()['isa']}): take native"
         return None
 
 
