@@ -63,6 +63,19 @@ def test_the_backward_tells_the_bytes_of_both_forms_and_which_is_taken(ringspan)
     assert re.search(r"keys travel: 6\.0 MiB .*what the library takes", ended.out)
 
 
+def test_one_of_a_thing_and_few_bytes_are_told_as_such(ringspan):
+    ended = ringspan("schedule", "--workers", 1)
+    assert "1 worker:" in ended.out and "in 1 tile;" in ended.out
+    ended = ringspan("schedule", "--workers", 2, "--causal", "--tokens", 16, "--head-dim", 8)
+    assert "1 hop of one K/V shard of 2.0 KiB, 2.0 KiB in all" in ended.out
+
+
+def test_a_rank_that_only_passes_on_is_not_taken_for_an_idle_one(ringspan):
+    told = "blank: nothing to compute"
+    assert told in ringspan("schedule", "--workers", 16, "--window", "1024,0", "--backward", "queries").out
+    assert told not in ringspan("schedule", "--causal").out
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("backward", [None, "keys", "queries"])
 def test_the_scene_counts_every_visible_pair(layout, backward):

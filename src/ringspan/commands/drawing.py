@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from ringspan.commands.picture import compact
+from ringspan.commands.report import count
 
 if TYPE_CHECKING:
     from ringspan.commands.schedule import Cell, Scene
@@ -73,7 +74,7 @@ def _axes(root: ElementTree.Element, shown: Scene, grid: _Grid) -> None:
     every = 1 if grid.wordy else 8
     for step in range(0, shown.num_steps, every):
         x, _ = grid.at(0, step)
-        _text(root, x + grid.cell[0] / 2, _TOP - 12, f"step {step}" if grid.wordy else str(step), anchor="middle")
+        _text(root, x + grid.cell[0] / 2, _TOP - 12, f"step {step}", anchor="middle")
     for rank in range(0, shown.num_ranks, every):
         _, y = grid.at(rank, 0)
         _text(root, _LEFT - 12, y + grid.cell[1] / 2 + 4, f"rank {rank}", anchor="end")
@@ -140,7 +141,8 @@ def _legend(root: ElementTree.Element, shown: Scene, grid: _Grid) -> None:
         root, _MARGIN, y + 28, f"lines: a shard moves while the step computes{riding}; dashed box: nothing to compute"
     )
     told = (
-        f"{shown.num_hops} hops, {compact(shown.mean_pairs * shown.num_ranks)} visible pairs in {shown.num_tiles} tiles"
+        f"{count(shown.num_hops, 'hop')}, {compact(shown.mean_pairs * shown.num_ranks)} visible pairs in "
+        f"{count(shown.num_tiles, 'tile')}"
     )
     _text(root, _MARGIN, y + 54, f"{told}, balance {shown.balance:.2f} (mean / most of the ranks)", weight="bold")
 

@@ -12,6 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from ringspan.commands.report import count
+
 if TYPE_CHECKING:
     from ringspan.commands.schedule import Cell, Scene
 
@@ -94,11 +96,14 @@ def _bar(cell: Cell, length: int) -> Text:
 def _legend(shown: Scene, detail: _Detail) -> Iterator[Text]:
     shades = "  ".join(f"{shade} {share}" for shade, share in zip(_SHADES, ("1/4", "1/2", "3/4", "all"), strict=True))
     yield Text(f"shade   visible pairs of the rank's shard and the visiting one: {shades}  · idle")
+    if not all(cell.pairs for cell in shown.cells.values()):
+        yield Text("        blank: nothing to compute, but something arrives or goes on")
     if detail.shard:
         yield Text("number  the visiting shard" + (";  → it is sent on while the step computes" if detail.hops else ""))
     if detail.hops and any(cell.ride for cell in shown.cells.values()):
         yield Text("        ⇢ its gradient goes to that rank, or home;  ⇠ a gradient comes home")
+    tiles = count(shown.num_tiles, "tile")
     yield Text(
-        f"in all  {compact(shown.mean_pairs * shown.num_ranks)} visible pairs a head in {shown.num_tiles} tiles; "
+        f"in all  {compact(shown.mean_pairs * shown.num_ranks)} visible pairs a head in {tiles}; "
         f"balance {shown.balance:.2f} (mean / most of the ranks)"
     )

@@ -9,7 +9,7 @@ import torch
 
 from ringspan.commands import drawing, picture
 from ringspan.commands.asked import Asked, Exit
-from ringspan.commands.report import console
+from ringspan.commands.report import console, count
 from ringspan.errors import ArgumentError, explain
 from ringspan.layout import Layout, split
 from ringspan.problem import Mask, Problem
@@ -91,7 +91,7 @@ def scene(asked: Asked, num_workers: int, num_tokens: int, backward: Travels | N
         ring_schedule(mask, layout, layout, rank, travels, backward is not None) for rank in range(num_workers)
     ]
     cells = {(plan.rank, index): cell for plan in schedules for index, cell in _cells(plan, layout)}
-    title = f"{asked.layout}, {_short(mask, asked)}, {num_tokens:,} tokens, {num_workers} workers"
+    title = f"{asked.layout}, {_short(mask, asked)}, {num_tokens:,} tokens, {count(num_workers, 'worker')}"
     travelling = "keys and values travel" if travels == "keys" else "queries travel"
     if backward:
         title, travelling = f"{title}, backward", f"{travelling}, with their gradients"
@@ -130,7 +130,8 @@ def run(asked: Asked, num_workers: int, sizes: Sizes, backward: str | None, svg:
 
 def _forward_bytes(problem: Problem, shown: Scene) -> list[str]:
     shard = forward_hop_bytes(problem, "keys") // shown.num_ranks
-    return [f"bytes   {shown.num_hops} hops of one K/V shard of {_mib(shard)}, {_mib(shown.num_hops * shard)} in all"]
+    hops, total = count(shown.num_hops, "hop"), _bytes(shown.num_hops * shard)
+    return [f"bytes   {hops} of one K/V shard of {_bytes(shard)}, {total} in all"]
 
 
 def _backward_bytes(problem: Problem, shown: Scene) -> list[str]:
@@ -141,16 +142,19 @@ def _backward_bytes(problem: Problem, shown: Scene) -> list[str]:
     for travels, what in contents.items():
         weight = backward_hop_bytes(problem, travels) // shown.num_ranks  # type: ignore[arg-type]
         mark = ", what the library takes" if travels == chosen else ""
-        lines.append(f"bytes   {travels} travel: {_mib(weight)} a hop ({what}){mark}")
+        lines.append(f"bytes   {travels} travel: {_bytes(weight)} a hop ({what}){mark}")
     return lines
 
 
-def _mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
+def _bytes(number: int) -> str:
+    return f"{number / 2**20:,.1f} MiB" if number >= 2**20 or not number else f"{number / 2**10:,.1f} KiB"
+
+
+_FOLDER = "a file in a folder that you may write to"
 
 
 def _save(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(explain("--svg cannot be written.", got=f"{path}: {error.strerror}")) from None
+        raise ArgumentError(explain("--svg cannot be written.", got=f"{path}: {error.strerror}", fix=_FOLDER)) from None
