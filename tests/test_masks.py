@@ -155,7 +155,7 @@ def test_no_slices_show_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: masks.padding([3, 9], 8), "lengths must be from 0 to num_tokens.\n  got  3 to 9, num_tokens 8"),
+        (lambda: masks.padding([3, 9], 8), "lengths must be from 0 to num_tokens.\n  got  9, num_tokens 8"),
         (lambda: masks.padding([3.0], 8), "lengths must hold whole numbers"),
         (lambda: masks.padding(3, 8), "lengths must have a number for each batch entry"),
         (lambda: masks.padding(torch.tensor([True]), 8), "lengths must hold whole numbers"),

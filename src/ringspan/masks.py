@@ -305,6 +305,6 @@ def _lengths(name: str, value: int | Tensor | Sequence[int], most: int) -> Tenso
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.ndim > 1:
         raise ArgumentTypeError(explain(f"{name} must hold whole numbers.", got=repr(value)[:200]))
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= most:
-        got = f"{int(lengths.min())} to {int(lengths.max())}"
-        raise ArgumentError(explain(f"{name} must be from 0 to num_tokens.", got=f"{got}, num_tokens {most}"))
+        wrong = next(x for x in lengths.flatten().tolist() if not 0 <= x <= most)
+        raise ArgumentError(explain(f"{name} must be from 0 to num_tokens.", got=f"{wrong}, num_tokens {most}"))
     return lengths.long()
