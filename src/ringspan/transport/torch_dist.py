@@ -1,4 +1,5 @@
-"""Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs and NCCL on GPUs (not yet run here).
+"""Any torch.distributed process group: non-blocking point-to-point, gloo on CPUs and NCCL on GPUs, which has been run
+with groups of one rank only (docs/gpus.md).
 
 gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So helper threads
 sit in them from the moment of posting, while the caller watches them and a key of the group's store under which the
