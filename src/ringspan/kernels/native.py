@@ -36,7 +36,7 @@ def info() -> dict[str, Any]:
     if _missing is not None:
         return {"isa": None, "isas": [], "rounds_weights": False}
     try:
-        return _native.info()
+        return dict(_native.info())
     except ValueError as error:  # before a call begins, so that it is a refusal that all ranks hear of
         raise ArgumentError(str(error)) from None
 
