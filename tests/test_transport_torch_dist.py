@@ -234,6 +234,46 @@ def test_a_rank_that_is_done_first_may_take_the_store_with_it():
         assert ending.value.shape == (1, 1, 8, 4)
 
 
+def fail_before_its_keys_are_sent(rank):
+    """Rank 0 fails when rank 1 has not come to receive its keys, and overwrites them."""
+    q, k, v = (torch.randn(1, 1, 64, 16) for _ in range(3))
+    store = dist.group.WORLD.get_group_store()
+    options = dict(causal=True, transport="torch_dist")
+    ringspan.ring_attention(q, k, v, **options)
+
+    def fail(*_):
+        store.wait(["posting"])
+        raise MemoryError("no room for this tile")
+
+    def late(*args, post=torch_dist._DistChannel.post):
+        store.set("posting", "")
+        store.wait(["overwritten"])
+        return post(*args)
+
+    if rank == 1:
+        torch_dist._DistChannel.post = late
+    try:
+        if rank == 0:
+            for kernel in KERNELS:
+                kernel.absorb_runs = fail
+        return ringspan.ring_attention(q, k, v, **options)
+    except MemoryError:
+        k.fill_(float("nan"))
+        v.fill_(float("nan"))
+        store.set("overwritten", "")
+        store.wait(["told"])
+    except ringspan.RankFailedError as error:
+        return str(error)
+    finally:
+        if rank == 1:
+            store.set("told", "")
+
+
+def test_what_gloo_has_not_sent_when_a_rank_fails_does_not_arrive():
+    _, told = results(run_processes(fail_before_its_keys_are_sent, 2, group_timeout_s=20, limit_s=60))
+    assert isinstance(told, str) and "rank 0 failed first: MemoryError: no room for this tile" in told, told
+
+
 @pytest.mark.timeout(20)
 def test_a_store_that_is_gone_does_not_outlast_the_groups_timeout():
     transport = object.__new__(torch_dist.TorchDistTransport)

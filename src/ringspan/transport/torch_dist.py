@@ -3,7 +3,8 @@ with groups of one rank only (docs/gpus.md).
 
 gloo's transfers go on by themselves, but its waits can be neither polled nor aborted. So helper threads
 sit in them from the moment of posting, while the caller watches them and a key of the group's store under which the
-first rank that fails leaves its name and reason.
+first rank that fails leaves its name and reason. A rank that fails closes the connections on which it still sends: its
+caller may overwrite what is sent.
 
 NCCL's transfers run on a stream of the process group. They begin after what the current stream held when they were
 posted, so a buffer is read to its end before it is received into again; waiting for them makes the current stream
@@ -66,6 +67,7 @@ class TorchDistTransport(Transport):
         weakref.finalize(group, _stop, self._waiters)
         self._num_calls = 0
         self._failure: str | None = None
+        self.under_way: set[_Posted] = set()  # of gloo's
 
     def settle_life(self) -> None:
         """Before the first call, agree on how many groups had this name: a rank may have made no call on some."""
@@ -135,6 +137,9 @@ class TorchDistTransport(Transport):
         reason = f"{type(error).__name__}: {error}"
         self._failure = self._failure or f"rank {self.rank}: {reason}"
         self._bulletin.report(self.rank, reason)
+        # The caller may overwrite its tensors now. What gloo has not sent of them by then must not arrive.
+        while self.under_way:
+            self.under_way.pop().cut_off()
 
     def watch(self, works: list, lane: int, receives: bool) -> _Outcome:
         """Have a thread wait for the works from now on. Those of one lane that receive, and those that only send,
@@ -239,6 +244,7 @@ class _DistChannel(Channel):
             return posted
         self._start([posted], operations)
         if not self.in_order and posted.refused is None:
+            self._transport.under_way.add(posted)
             posted.done = self._transport.watch(posted.works, lane, bool(receives))
         return posted
 
@@ -316,12 +322,21 @@ class _Posted(Pending):
             raise self._transport.gave_up(waiting_for(_named(self.peers)), _said(self.refused), None) from self.refused
         if self.done is not None:
             self._transport.wait(self.works, self.done, self.peers, waiting_for)
+            self._transport.under_way.discard(self)
             self.arrived_ns = self.done.at_ns
         elif self.works:
             self._transport.order(self.works, waiting_for(_named(self.peers)))
         self.received_bytes = [sum(x.nbytes for x in parcel.tensors) for parcel in self.received]
         self.kept.clear()
         return self.received
+
+    def cut_off(self) -> None:
+        """A wait of gloo's that ends too early closes the connections of the group, on both sides."""
+        if self.done is not None and self.done.done():
+            return
+        for work in self.works:
+            with contextlib.suppress(RuntimeError):
+                work.wait(timedelta(milliseconds=1))
 
 
 def _named(ranks: Sequence[int]) -> str:
