@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import select
+import signal
 import socket
 import threading
 from dataclasses import replace
@@ -218,6 +219,12 @@ def outlive_the_store(rank, port):
     return out
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def wait_for_the_end_of(process, absorb, *args):
     assert select.select([process], [], [], 20)[0]
     threading.Event().wait(5 * torch_dist._WATCH_S)  # so that rank 2, which waits for this one, looks for the store
@@ -225,13 +232,69 @@ def wait_for_the_end_of(process, absorb, *args):
 
 
 def test_a_rank_that_is_done_first_may_take_the_store_with_it():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    _, *others = run_processes(outlive_the_store, 3, port, limit_s=60)
+    _, *others = run_processes(outlive_the_store, 3, free_port(), limit_s=60)
     for ending in others:
         assert ending.error is None, ending.trace
         assert ending.value.shape == (1, 1, 8, 4)
+
+
+class SilentStore:
+    """One whose host has been stopped."""
+
+    def __init__(self):
+        self.goes_on = threading.Event()
+        self.check = self.compare_set = self.set = lambda *_: self.goes_on.wait()
+
+    def clone(self):
+        return self
+
+    def add(self, key, number):
+        return number
+
+
+@pytest.mark.timeout(20)
+def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(torch_dist, "_STORE_S", 0.05)
+    store = SilentStore()
+    bulletin = torch_dist._Bulletin(NamedGroup(store, 0))
+    try:
+        bulletin.report(0, "no room")
+        assert bulletin.first_failure() == (None, "the process group's store is gone (no answer)")
+        assert bulletin.roll_call(0, 2, 1) == ""
+    finally:
+        store.goes_on.set()
+
+
+def outlast_a_stopped_host(rank, port, in_place):
+    """Rank 0 hosts the store and is stopped. Nothing ends the others' wait but the group's timeout."""
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    if not in_place:
+        segments.why_unsupported = lambda: "this test is of torch_dist"
+    torch_dist._STORE_S = 0.2
+    pids: list = [None] * 2
+    dist.all_gather_object(pids, os.getpid())
+    q = torch.ones(1, 1, 4, 2)
+    ringspan.ring_attention(q, q, q)
+    dist.destroy_process_group = lambda: None  # what it would ask of the store may not be had
+    if rank == 0:
+        store.wait(["told"])
+        return None
+    os.kill(pids[0], signal.SIGSTOP)
+    try:
+        ringspan.ring_attention(q, q, q)
+    except ringspan.RankFailedError as error:
+        return str(error)
+    finally:
+        os.kill(pids[0], signal.SIGCONT)
+        store.set("told", "")
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_stopped_rank_that_hosts_the_store_is_not_waited_for_beyond_the_timeout(in_place):
+    _, told = results(run_processes(outlast_a_stopped_host, 2, free_port(), in_place, limit_s=60))
+    assert isinstance(told, str) and "to begin call" in told, told
 
 
 def fail_before_its_keys_are_sent(rank):

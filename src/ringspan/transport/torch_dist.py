@@ -43,6 +43,7 @@ _AGREEMENT_LANE = -1
 _WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _POLL_S = 2e-5  # how often it asks an accelerator
 _ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
+_STORE_S = 5.0  # how long a rank waits for an answer of the store
 _NO_STORE_S = 30.0  # how long a rank waits on where nobody can be told of a failure any more
 
 
@@ -173,8 +174,9 @@ class TorchDistTransport(Transport):
                 return
             except FutureTimeout:
                 first = self._bulletin.first_failure()
-                if first is not None and first[0] is None:
-                    # The rank that hosts it may have ended well: it was done first.
+                if first is None or first[0] is not None:
+                    store_gone_at = None
+                else:  # the rank that hosts it may have ended well: it was done first
                     store_gone_at = store_gone_at or time.monotonic()
                     if time.monotonic() < min(store_gone_at + _NO_STORE_S, deadline):
                         continue
@@ -417,42 +419,78 @@ class _Bulletin:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._store = _store(group)
         self._name = f"ringspan/{group.group_name}"
+        self._is_silent = False
+        self._waiters: dict[Any, _Waiter] = {}
+        weakref.finalize(self, _stop, self._waiters)
         # torch gives names anew after destroy_process_group, and a store of torchrun's agent stays: which life is it?
         self.life = 0
         with contextlib.suppress(RuntimeError):
-            self.life = self._store.add(f"{self._name}/lives/{group.rank()}", 1)
+            self.life = self._ask(lambda store: store.add(f"{self._name}/lives/{group.rank()}", 1))
 
     @property
     def _prefix(self) -> str:
         return f"{self._name}/{self.life}"
 
+    def _ask(self, what: Callable[[Any], Any]) -> Any:
+        """What the store answers; RuntimeError where it is gone. Its host may also have been stopped, and then most of
+        its answers would be waited for without a bound."""
+        if not self._waiters:
+            self._waiters["store"] = _Waiter(f"ringspan-asks-the-store-of-{self._name}")
+        question, bound_s = _Question(what, self._store), _WATCH_S if self._is_silent else _STORE_S
+        outcome = self._waiters["store"].wait_for([question])
+        try:
+            outcome.result(bound_s)
+        except FutureTimeout:
+            raise RuntimeError("no answer") from None
+        finally:
+            self._is_silent = not outcome.done()
+        return question.answer
+
     def report(self, rank: int, reason: str) -> None:
         """Leave this rank's failure, unless another rank was first."""
+        failure = json.dumps([rank, reason[:2000]])
         with contextlib.suppress(RuntimeError):  # the store's host is gone: then nobody can be told
-            self._store.compare_set(f"{self._prefix}/failed", "", json.dumps([rank, reason[:2000]]))
+            self._ask(lambda store: store.compare_set(f"{self._prefix}/failed", "", failure))
 
     def first_failure(self) -> tuple[int | None, str] | None:
         """(rank, reason) of the first that failed; (None, reason) where the store itself is gone."""
         key = f"{self._prefix}/failed"
         try:
-            if not self._store.check([key]):
-                return None
-            rank, reason = json.loads(self._store.get(key))
+            found = self._ask(lambda store: store.get(key) if store.check([key]) else None)
         except RuntimeError as error:
             return None, f"the process group's store is gone ({str(error).splitlines()[0]})"
+        if found is None:
+            return None
+        rank, reason = json.loads(found)
         return rank, reason
 
     def roll_call(self, rank: int, size: int, call: int) -> str:
         """Which ranks did not come to a call, as words to add to a message; bounded by _ROLL_CALL_S."""
         keys = [f"{self._prefix}/gave-up/{call}/{other}" for other in range(size)]
-        try:
-            self._store.set(keys[rank], "here")
+
+        def absent(store: Any) -> list[str]:
+            store.set(keys[rank], "here")
             with contextlib.suppress(RuntimeError):  # not everybody came: the usual case
-                self._store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
-            absent = [str(other) for other, key in enumerate(keys) if not self._store.check([key])]
+                store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
+            return [str(other) for other, key in enumerate(keys) if not store.check([key])]
+
+        try:
+            ranks = self._ask(absent)
         except RuntimeError:
             return ""
-        return f" (no sign of rank{'s' if len(absent) > 1 else ''} {', '.join(absent)})" if absent else ""
+        return f" (no sign of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)})" if ranks else ""
+
+
+class _Question:
+    """What a `_Waiter` can wait for."""
+
+    answer: Any = None
+
+    def __init__(self, what: Callable[[Any], Any], store: Any) -> None:
+        self._what, self._store = what, store
+
+    def wait(self) -> None:
+        self.answer = self._what(self._store)
 
 
 def _accelerator() -> torch.device:
