@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import ringspan
 from ringspan import call
-from ringspan.transport import inbox, segments
+from ringspan.transport import inbox, segments, shared_memory
 from ringspan.transport.process_group import transport_of
 
 MIB = 1 << 20
@@ -252,6 +252,35 @@ def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others(work):
     assert "this process group is done for" in first and "KeyboardInterrupt" in first
     for told in others:
         assert "rank 0 failed first: KeyboardInterrupt" in told
+
+
+def interrupt_first_meeting(rank):
+    """When the others have all answers already, and go on by pipes."""
+    exchange, answers = shared_memory._exchange, []
+
+    def exchange_and_interrupt(*args):
+        answers.append(exchange(*args))
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        return answers[-1]
+
+    if rank == 0:
+        shared_memory._exchange = exchange_and_interrupt
+        with pytest.raises(KeyboardInterrupt):
+            ringspan.ring_attention(*shards(rank))
+        store().wait(["told/1", "told/2"])
+        return None
+    try:
+        ringspan.ring_attention(*shards(rank))
+    except ringspan.RankFailedError as error:
+        store().set(f"told/{rank}", "")
+        return str(error)
+
+
+def test_a_rank_that_is_interrupted_when_the_ranks_first_meet_is_named_to_the_others():
+    _, *others = results(run_processes(interrupt_first_meeting, 3, group_timeout_s=600, limit_s=60))
+    for told in others:
+        assert isinstance(told, str) and "rank 0 failed first: KeyboardInterrupt" in told, told
 
 
 def fail_towards_a_full_pipe(rank):

@@ -47,11 +47,15 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
         if unable := [f"rank {rank}: {words['no']}" for rank, words in enumerate(everyone) if words["no"]]:
             return unable[0]
         links, reason = me.meet(everyone, undo)
-        reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
-        if any(reasons):
-            return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-        undo.pop_all()
-        return SharedMemoryTransport(beside, timeout_s, me.inbox, links, me.pages)
+        try:
+            reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
+            if any(reasons):
+                return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+            undo.pop_all()
+            return SharedMemoryTransport(beside, timeout_s, me.inbox, links, me.pages)
+        except BaseException as error:  # the others may have all answers, and wait for this rank's records by now
+            me.pages[me.rank].say(_failure(me.rank, 0, f"{type(error).__name__}: {error}"))
+            raise
 
 
 def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
@@ -75,7 +79,7 @@ class _Introduction:
     pages: dict[int, Page]  # by rank, this one's among them
 
     def __init__(self, rank: int, undo: contextlib.ExitStack) -> None:
-        self._rank = rank
+        self.rank = rank
         self.words: dict[str, Any] = {"no": segments.why_unsupported()}
         if self.words["no"] is None:
             try:
@@ -91,7 +95,7 @@ class _Introduction:
         memory, nonce = segments.create(Page.SIZE), secrets.randbits(60)
         page = Page(memory)
         page.nonce = nonce
-        self.pages = {self._rank: page}
+        self.pages = {self.rank: page}
         segment = segments.segment_of(memory)
         assert segment is not None
         self.words |= {
@@ -112,7 +116,7 @@ class _Introduction:
                 page = Page(segments.open_peer(words["pid"], *words["page"]))
                 if page.nonce != words["nonce"]:
                     return links, f"process {words['pid']} is not rank {rank} here"
-                if rank != self._rank:
+                if rank != self.rank:
                     self.pages[rank] = page
                     links.append(Link(rank, words["pid"], words["pipe"]))
                     undo.callback(links[-1].close)
@@ -174,7 +178,7 @@ class SharedMemoryTransport(Transport):
         # Whoever reads what this rank lent to the call must hear of it, though a failure in a later call is known.
         if not self._page.said and self._call < self._spoiled:
             first, reason = self._failed_first or (self.rank, f"{type(error).__name__}: {error}")
-            record = Record(_FAILED, first, self._call, reason.encode(errors="replace")[:2000])
+            record = _failure(first, self._call, reason)
             self._page.say(record)
             for link in self.links.values():
                 link.send(record)  # to wake it; one whose pipe is full is awake, or will be soon
@@ -311,6 +315,11 @@ class SharedMemoryTransport(Transport):
         self._spoiled = min(self._spoiled, record.call)
         if self._failed_first is None:
             self._failed_first = record.sender, record.body.decode(errors="replace")
+
+
+def _failure(rank: int, call: int, reason: str) -> Record:
+    """A rank's last words. rank: of those that failed, the first that is known; call: the one that is given up."""
+    return Record(_FAILED, rank, call, reason.encode(errors="replace")[:2000])
 
 
 def _say_left(rank: int, pid: int, page: Page, links: Sequence[Link]) -> None:
