@@ -1,5 +1,6 @@
 """Ranks that die, raise, come late or disagree: the others get an error that says so, soon, and none hangs."""
 
+import functools
 import os
 import signal
 import threading
@@ -535,3 +536,43 @@ def fail_in_a_checkpoint(rank):
 def test_a_refusal_while_a_checkpoint_runs_again_is_told_once(where):
     found = by_rank(where, fail_in_a_checkpoint, 3)
     assert found == [("ArgumentError", (1, 2, 8, 4)), *[("PeerRefusedError", (1, 2, 8, 4))] * 2]
+
+
+def call_twice_at_once(rank):
+    """Rank 0 calls from a second thread while its first one computes."""
+    from ringspan.kernels.table import KERNELS
+
+    began, refused, told = threading.Event(), threading.Event(), []
+
+    def held(*args, absorb):
+        began.set()
+        assert refused.wait(30)
+        absorb(*args)
+
+    def work():
+        try:
+            ringspan.ring_attention(*shards())
+        except ringspan.RankFailedError as error:
+            told.append(str(error))
+
+    if rank == 1:
+        work()
+        return told
+    for kernel in KERNELS:
+        kernel.absorb_runs = functools.partial(held, absorb=kernel.absorb_runs)
+    first = threading.Thread(target=work)
+    first.start()
+    assert began.wait(30)
+    try:
+        with pytest.raises(ringspan.UnsupportedError, match="while another was under way"):
+            ringspan.ring_attention(*shards())
+    finally:
+        refused.set()
+        first.join()
+    with pytest.raises(ringspan.RankFailedError, match="process group is done for"):
+        ringspan.ring_attention(*shards())
+
+
+def test_a_call_beside_another_on_one_group_is_refused_on_every_rank():
+    _, (told,) = results(run_processes(call_twice_at_once, 2, group_timeout_s=20, limit_s=60))
+    assert "rank 0 failed first: UnsupportedError: a call began on a group while another was under way" in told

@@ -496,6 +496,30 @@ def test_a_forked_child_does_not_disturb():
             torch.testing.assert_close(out, expected[rank])
 
 
+def call_in_a_child(rank):
+    expected = ringspan.ring_attention(*shards(rank))
+    told = ""
+    if rank == 0:
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                ringspan.ring_attention(*(x + 1 for x in shards(rank)))
+            except BaseException as error:
+                os.write(write, repr(error).encode())
+            os._exit(0)
+        os.close(write)
+        told = os.read(read, 1000).decode()
+        os.waitpid(child, 0)
+    return told, torch.equal(ringspan.ring_attention(*shards(rank)), expected)
+
+
+def test_a_forked_child_is_not_taken_for_its_parent():
+    found = results(run_processes(call_in_a_child, 3, group_timeout_s=20))
+    assert "UnsupportedError" in found[0][0] and "a forked process cannot call on a group of its parent" in found[0][0]
+    assert all(is_right for _, is_right in found)
+
+
 NUM_CALLS = 40
 
 

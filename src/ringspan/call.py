@@ -95,7 +95,7 @@ def forward(
         terms.common["whether there are sinks"] = sinks is not None
         return replace(terms, place=options.place_in_graph)
 
-    with on_device_of(q):
+    with on_device_of(q), transport.one_call():
         channel, agreed, number = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, v, options, ring)
@@ -125,7 +125,7 @@ def backward(
         terms = _terms("the backward of ring_attention", (q, k, v, do), options, ring)
         return replace(terms, forward=_forwards.number_of(lse))
 
-    with on_device_of(q):
+    with on_device_of(q), transport.one_call():
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
         with _interruption_told(transport):
             _check_capture(q, v, options, ring)
@@ -255,7 +255,7 @@ def refuse(transport: Transport, error: Exception, *given: object) -> NoReturn:
     given: what was passed for its tensors.
     """
     refusal = _refusal(error)
-    with on_device_of(*given), _interruption_told(transport):
+    with on_device_of(*given), transport.one_call(), _interruption_told(transport):
         agree(transport, transport.begin_call(), refusal)
     raise refusal
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ringspan.agreement import CALL, DEVICE_TYPE, Terms
+from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import documents_of
 from ringspan.call import begin, documents_in_words, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.state import state_dtype
-from ringspan.transport.contract import Channel, Parcel, Spec
+from ringspan.transport.contract import Channel, Parcel, Spec, Transport
 from ringspan.transport.table import resolve
 
 
@@ -92,16 +92,18 @@ def unshard(x: Tensor, dim: int, layout: str, group: str, documents: tuple[int, 
 class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> Tensor:
-        asked = dim, layout, documents, group
-        with on_device_of(x):
-            full, number = _Unshard._gathered(x, *asked, differentiated)
-        ctx.arguments = *asked, x.shape[dim], number
+        transport = resolve(group)
+        with on_device_of(x), transport.one_call():
+            full, number = _Unshard._gathered(transport, x, dim, layout, documents, differentiated)
+        ctx.arguments = dim, layout, documents, group, x.shape[dim], number
         return full
 
     @staticmethod
-    def _gathered(x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> tuple[Tensor, int]:
-        asked = dim, layout, documents, group
-        channel, agreed, transport, number = _begin("unshard", x, x.shape[dim], *asked, differentiated)
+    def _gathered(
+        transport: Transport, x: Tensor, dim: int, layout: str, documents, differentiated: bool
+    ) -> tuple[Tensor, int]:
+        asked = dim, layout, documents
+        channel, agreed, number = _begin(transport, "unshard", x, x.shape[dim], *asked, differentiated)
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
@@ -121,14 +123,17 @@ class _Summed(torch.autograd.Function):
     """This rank's shard of the sum of all ranks' tensors; a function of its own, for second derivatives to meet."""
 
     @staticmethod
-    def forward(ctx, d_full: Tensor, *arguments) -> Tensor:
-        with on_device_of(d_full):
-            return _Summed._of_all_ranks(d_full, *arguments)
+    def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, *rest) -> Tensor:
+        transport = resolve(group)
+        with on_device_of(d_full), transport.one_call():
+            return _Summed._of_all_ranks(transport, d_full, dim, layout, documents, *rest)
 
     @staticmethod
-    def _of_all_ranks(d_full: Tensor, dim: int, layout: str, documents, group: str, length: int, number: int) -> Tensor:
-        asked = dim, layout, documents, group
-        channel, agreed, transport, _ = _begin("the backward of unshard", d_full, length, *asked, True, number)
+    def _of_all_ranks(
+        transport: Transport, d_full: Tensor, dim: int, layout: str, documents, length: int, number: int
+    ) -> Tensor:
+        asked = "the backward of unshard", d_full, length, dim, layout, documents
+        channel, agreed, _ = _begin(transport, *asked, True, number)
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             mine = take(d_full, dim, places.ranges(channel.rank))
@@ -149,16 +154,16 @@ class _Summed(torch.autograd.Function):
 
 
 def _begin(
+    transport: Transport,
     what: str,
     x: Tensor,
     length: int,
     dim: int,
     layout: str,
     documents,
-    group: str,
     differentiated: bool,
     forward: int = 0,
-):
+) -> tuple[Channel, Agreed, int]:
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
@@ -169,9 +174,7 @@ def _begin(
         common[DEVICE_TYPE] = x.device.type
         return Terms(common, length, device_type=x.device.type, forward=forward)
 
-    transport = resolve(group)
-    channel, agreed, number = begin(transport, check, agreement=True)
-    return channel, agreed, transport, number
+    return begin(transport, check, agreement=True)
 
 
 def _swap_with_each(channel: Channel, outgoing, expected) -> Iterator[tuple[int, Tensor]]:

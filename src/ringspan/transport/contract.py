@@ -7,6 +7,8 @@ behaviour suite, tests/transport_behaviour.py.
 
 from __future__ import annotations
 
+import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from ringspan.errors import UnsupportedError, explain
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,32 @@ class Transport(ABC):
     size: int
     capturable: bool = False
     is_alone: bool = False
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._in_call = threading.Lock()
+
+    def one_call(self) -> AbstractContextManager:
+        """Around a call: refuses what would mix with others', and what no exchange of the ranks would notice."""
+        if os.getpid() != self._pid:  # nobody is told: the others know only the parent
+            raise UnsupportedError(
+                explain(
+                    "a forked process cannot call on a group of its parent: the others would take it for the parent.",
+                    got=f"process {os.getpid()}; the group's is {self._pid}",
+                    fix="call in the parent, or make a group in the child",
+                )
+            )
+        if self._in_call.locked():
+            error = UnsupportedError(
+                explain(
+                    "a call began on a group while another was under way: ranks may take the two in another order.",
+                    got=f"thread {threading.current_thread().name!r} of rank {self.rank}",
+                    fix="one call after the other, or a group for each thread (torch.distributed.new_group)",
+                )
+            )
+            self.fail(error)
+            raise error
+        return self._in_call
 
     @abstractmethod
     def begin_call(self) -> int:

@@ -322,6 +322,7 @@ class LocalTransport(Transport):
     """One rank's end of a board."""
 
     def __init__(self, board: _Board, rank: int) -> None:
+        super().__init__()
         self._board = board
         self.rank = rank
         self.size = board.size

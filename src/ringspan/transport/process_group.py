@@ -36,6 +36,7 @@ class ProcessGroupTransport(Transport):
     capturable = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self.torch_dist = TorchDistTransport(group)
         self.rank, self.size = self.torch_dist.rank, self.torch_dist.size
         self.shared_memory: SharedMemoryTransport | None = None

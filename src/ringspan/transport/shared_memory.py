@@ -132,6 +132,7 @@ class SharedMemoryTransport(Transport):
     def __init__(
         self, beside: Transport, timeout_s: float, inbox: Inbox, links: Sequence[Link], pages: dict[int, Page]
     ) -> None:
+        super().__init__()
         self.rank, self.size = beside.rank, beside.size
         self.timeout_s = timeout_s
         self.pool, self._mappings = Pool(), Mappings()

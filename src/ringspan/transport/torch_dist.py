@@ -56,6 +56,7 @@ class TorchDistTransport(Transport):
     capturable = True
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
         self._group = weakref.ref(group)
         self.rank = group.rank()
         self.size = group.size()
