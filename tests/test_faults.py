@@ -576,3 +576,34 @@ def call_twice_at_once(rank):
 def test_a_call_beside_another_on_one_group_is_refused_on_every_rank():
     _, (told,) = results(run_processes(call_twice_at_once, 2, group_timeout_s=20, limit_s=60))
     assert "rank 0 failed first: UnsupportedError: a call began on a group while another was under way" in told
+
+
+def test_what_was_read_of_a_worker_that_failed_meanwhile_is_no_result(monkeypatch):
+    kernel = next(kernel for kernel in KERNELS if kernel.name == "reference")
+    reading, overwritten = threading.Event(), threading.Event()
+    absorb, told = kernel.absorb_runs, []
+
+    def absorb_or_fail(*args):
+        if threading.current_thread().name == "ringspan-worker-0":
+            assert reading.wait(10)
+            raise MemoryError("no room for this tile")
+        reading.set()
+        assert overwritten.wait(10)
+        absorb(*args)
+
+    monkeypatch.setattr(kernel, "absorb_runs", absorb_or_fail)
+
+    def work(group):
+        q, k, v = shards()
+        try:
+            ringspan.ring_attention(q, k, v, causal=True, kernel="reference")
+        except MemoryError:
+            k.fill_(float("nan"))
+            v.fill_(float("nan"))
+            overwritten.set()
+        except ringspan.RankFailedError as error:
+            told.append(str(error))
+
+    with pytest.raises(ringspan.WorkerError, match="no room for this tile"):
+        run_local(work, 2, timeout=20)
+    assert len(told) == 1 and "rank 0 failed first: MemoryError('no room for this tile')" in told[0], told

@@ -256,14 +256,16 @@ class _Board:
             with box.changed:
                 box.changed.notify_all()
 
+    def check(self, what: Callable[[], str]) -> None:
+        if self.failure is not None:
+            rank, error = self.failure
+            raise RankFailedError(f"{what()}: {_who(rank)} failed first: {error!r}")
+
     def wait(self, box: _Mailbox, ready: Callable[[], bool], waiting_for: Callable[[], str]) -> None:
         """With box.changed held: wait until ready, or raise when a rank failed or the timeout has passed."""
         deadline = time.monotonic() + self.timeout_s
         while not ready():
-            if self.failure is not None:
-                raise RankFailedError(
-                    f"gave up waiting for {waiting_for()}: {_who(self.failure[0])} failed first: {self.failure[1]!r}"
-                )
+            self.check(lambda: f"gave up waiting for {waiting_for()}")
             left = deadline - time.monotonic()
             if left <= 0:
                 raise RankFailedError(
@@ -450,6 +452,8 @@ class _LocalChannel(Channel):
             lambda: not box.num_readers.get(self._call),
             lambda: f"{self._still_reading(box)} to read rank {self._group_rank}'s tensors in call {self._call}",
         )
+        # What a rank lent that failed since, it may have overwritten.
+        self._board.check(lambda: f"what was read in call {self._call} may be wrong")
         box.num_readers.pop(self._call, None)
         box.readers.pop(self._call, None)
         for read in box.read.pop(self._call, ()):
