@@ -6,6 +6,7 @@ What the common ones show is in test_key_ranges.py, by their words and under rin
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from definition import relative_error
@@ -95,6 +96,9 @@ def test_a_mask_of_an_expanded_tensor_and_of_no_queries_is_taken():
         lambda b, h, q, k: (q - k).abs() < 4 * (1 + h),
         lambda b, h, q, k: h % 2 + q > k,
         lambda b, h, q, k: (q > k) & h.bool(),
+        lambda b, h, q, k: (q > k) | (h & 1),
+        lambda b, h, q, k: q - k < abs(h) ** 2,
+        lambda b, h, q, k: torch.eq(q, other=h),
     ],
 )
 def test_a_mask_that_differs_by_head_is_refused_not_guessed(mask_mod):
@@ -152,6 +156,43 @@ def test_no_slices_show_nothing():
     assert not shown(masks.from_slices([], [], [], 7), 7).any()
 
 
+MAKERS = {
+    "padding": lambda: masks.padding([2, 0], 3, left=True),
+    "prefix": lambda: masks.prefix([2, 0], 3),
+    "images": lambda: masks.images_in_text([(0, 2)], 3),
+    "frames": lambda: masks.frames(2, 1, 3),
+    "window and first": lambda: masks.window_and_first(1, 1, 3),
+    "shared prompt": lambda: masks.shared_prompt(1, [1, 2]),
+    "continued": lambda: masks.continued(2, 3),
+    "slices": lambda: masks.from_slices([(0, 2)], [(0, 3)], [1], 3),
+    "no slices": lambda: masks.from_slices([], [], [], 3),
+    "dense": lambda: masks.from_mask(torch.ones(3, 3, dtype=torch.bool, device="cpu")),
+    "mask_mod": lambda: masks.from_mask_mod(lambda b, h, q, k: q >= k + b, 3, 3, batch=2),
+    "mask_mod of nothing": lambda: masks.from_mask_mod(MODS["causal"], 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_masks_are_made_on_the_cpu_whatever_the_default_device_is(name):
+    expected = MAKERS[name]()
+    with torch.device("meta"):
+        found = MAKERS[name]()
+    parts = [x if isinstance(x, list) else [x] for x in (found, expected)]
+    assert all(map(torch.equal, *parts))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64])
+def test_numbers_of_numpy_are_taken(dtype):
+    lengths = np.array([3, 1], dtype)
+    assert torch.equal(masks.padding(lengths, 4), masks.padding([3, 1], 4))
+    assert torch.equal(masks.prefix(lengths, 4), masks.prefix([3, 1], 4))
+    slices = [(0, 2), (2, 5)], [(0, 3), (1, 2)]
+    for expected, found in zip(
+        masks.from_slices(*slices, [3, 1], 5), masks.from_slices(*map(np.array, slices), lengths, 5), strict=True
+    ):
+        assert torch.equal(expected, found)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -161,22 +202,39 @@ def test_no_slices_show_nothing():
         (lambda: masks.padding(torch.tensor([True]), 8), "lengths must hold whole numbers"),
         (lambda: masks.prefix(9, 8), "length must be from 0 to num_tokens"),
         (lambda: masks.prefix(-1, 8), "length must be from 0 to num_tokens"),
+        (lambda: masks.padding(None, 8), "lengths must hold whole numbers.\n  got  None"),
+        (lambda: masks.padding([[1], [2, 3]], 8), "lengths must hold whole numbers"),
+        (lambda: masks.prefix(2**70, 8), "length must hold whole numbers"),
+        (lambda: masks.padding(LENGTH.to("meta"), 8), "lengths must hold whole numbers"),
         (lambda: masks.frames(0, 1, 8), "tokens_each must be at least 1.\n  got  0"),
         (lambda: masks.frames(4, 1.5, 8), "before must be a whole number"),
         (lambda: masks.images_in_text([(2, 5), (4, 6)], 8), "got  (4, 6) after 5, of 8 tokens"),
         (lambda: masks.images_in_text([(5, 9)], 8), "got  (5, 9) after 0, of 8 tokens"),
         (lambda: masks.images_in_text([5], 8), "images must hold pairs (start, stop)"),
+        (lambda: masks.images_in_text(None, 8), "images must be a sequence.\n  got  None"),
         (lambda: masks.window_and_first(-1, 4, 8), "left must be at least 0"),
         (lambda: masks.shared_prompt(3, [2, -1]), "answers must be at least 0"),
+        (lambda: masks.shared_prompt(3, 2), "answers must be a sequence.\n  got  2"),
+        (lambda: masks.continued(2**63 - 1, 2), "num_before must be at most 2**62"),
         (lambda: masks.continued(-3, 2), "num_before must be at least 0"),
         (lambda: masks.from_slices([(0, 9)], [(0, 9)], [1], 8), "got  queries [0, 9) of 8, keys [0, 9)"),
         (lambda: masks.from_slices([(0, 8)], [(0, 8)], [4], 8), "types must name how the slices are cut.\n  got  4"),
         (lambda: masks.from_slices([(0, 8)], [(0, 8)], ["casual"], 8), "got  'casual'"),
         (lambda: masks.from_slices([(0, 8)], [], [1], 8), "got  1, 0 and 1"),
+        (lambda: masks.from_slices([(0, 8)], [(0, 8)], 1, 8), "types must be a sequence.\n  got  1"),
+        (lambda: masks.from_slices([(0, 8)], [(0, 2**70)], [1], 8), "a slice must be within the sequence"),
         (lambda: masks.from_mask(torch.zeros(4, 4)), "mask must be a bool tensor"),
         (lambda: masks.from_mask(torch.ones(1, 2, 4, 4, dtype=torch.bool)), "the same for all heads"),
         (lambda: masks.from_mask(torch.arange(200).expand(2, 200) % 2 > 0), "got  100 runs for row 0"),
+        (lambda: masks.from_mask(torch.ones(4, 4, dtype=torch.bool).to_sparse()), "mask must be a dense tensor"),
+        (lambda: masks.from_mask(torch.ones(4, 4, dtype=torch.bool, device="meta")), "mask must hold numbers"),
         (lambda: masks.from_mask_mod(lambda b, h, q, k: q - k, 4, 4), "mask_mod must return a bool tensor"),
+        (
+            lambda: masks.from_mask_mod(lambda b, h, q, k: True, 4, 4),
+            "mask_mod must return a bool tensor.\n  got  True",
+        ),
+        (lambda: masks.from_mask_mod(lambda b, h, q, k: (q > k)[None], 4, 4), "one bool for a query and a key"),
+        (lambda: masks.from_mask_mod(None, 4, 4), "mask_mod must be a function"),
         (lambda: masks.from_mask_mod(MODS["causal"], 4.5, 4), "num_queries must be a whole number"),
     ],
 )

@@ -270,7 +270,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
                 got=f"{cu_seqlens.dtype} of shape {_shape(cu_seqlens)}",
             )
         )
-    _check_dense("cu_seqlens", cu_seqlens)
+    check_dense("cu_seqlens", cu_seqlens)
     return cu_seqlens.detach().to("cpu", torch.int64)
 
 
@@ -296,7 +296,7 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
         if part.dtype not in _INTEGERS:
             fix = f"(start, stop) of the keys of each query, as one of {', '.join(map(str, _INTEGERS))}"
             raise ArgumentTypeError(explain("key_ranges must hold integers.", got=str(part.dtype), fix=fix))
-        _check_dense("key_ranges", part)
+        check_dense("key_ranges", part)
         if part.ndim not in (2, 3) or part.shape[-1] != 2 or part.shape != parts[0].shape:
             raise ArgumentError(
                 explain(
@@ -308,8 +308,8 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     return [part.detach().to("cpu", torch.int64) for part in parts]
 
 
-def _check_dense(name: str, x: Tensor) -> None:
-    """Refuse a mask whose numbers cannot be looked at."""
+def check_dense(name: str, x: Tensor) -> None:
+    """Refuse a tensor whose numbers cannot be looked at where it lies."""
     if x.layout != torch.strided or x.is_nested:
         got = "a nested tensor" if x.is_nested else str(x.layout)
         raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="use .to_dense()"))

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ringspan.arguments import check_dense
 from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
 
 SLICE_TYPES = ("full", "causal", "inverse_causal", "bidirectional_causal")  # MagiAttention's 0, 1, 2, 3
 _MOST_RUNS = 64
 _PAIRS_AT_ONCE = 1 << 24
+_LARGEST = 1 << 62  # with room for a sum in 64 bits
 
 
 def padding(
@@ -44,16 +47,16 @@ def padding(
 def prefix(length: int | Tensor | Sequence[int], num_tokens: int) -> Tensor:
     """The first `length` tokens are seen by all, what follows is causal (prefix-LM). One length, or [B]."""
     num_tokens = _count("num_tokens", num_tokens)
-    stop = torch.maximum(torch.arange(1, num_tokens + 1), _lengths("length", length, num_tokens)[..., None])
+    stop = torch.maximum(_count_up(1, num_tokens + 1), _lengths("length", length, num_tokens)[..., None])
     return torch.stack([torch.zeros_like(stop), stop], -1)
 
 
 def images_in_text(images: Sequence[tuple[int, int]], num_tokens: int) -> Tensor:
     """[T, 2]: causal, but the tokens of an image see each other. images: (start, stop) of each, none in another."""
     num_tokens = _count("num_tokens", num_tokens)
-    stop = torch.arange(1, num_tokens + 1)
+    stop = _count_up(1, num_tokens + 1)
     before = 0
-    for first, last in sorted(_pair("images", image) for image in images):
+    for first, last in sorted(_pair("images", image) for image in _entries("images", images)):
         if not before <= first <= last <= num_tokens:
             raise ArgumentError(
                 explain(
@@ -69,7 +72,7 @@ def frames(tokens_each: int, before: int, num_tokens: int) -> Tensor:
     """[T, 2]: a token sees its own frame and the `before` frames before it (0: chunks, each by itself)."""
     tokens_each, before = _count("tokens_each", tokens_each, least=1), _count("before", before)
     num_tokens = _count("num_tokens", num_tokens)
-    frame = torch.arange(num_tokens) // tokens_each
+    frame = _count_up(0, num_tokens) // tokens_each
     start, stop = (frame - before).clamp(min=0) * tokens_each, (frame + 1) * tokens_each
     return torch.stack([start, stop.clamp(max=num_tokens)], -1)
 
@@ -77,7 +80,7 @@ def frames(tokens_each: int, before: int, num_tokens: int) -> Tensor:
 def window_and_first(left: int, first: int, num_tokens: int) -> list[Tensor]:
     """Causal: a query sees itself, the `left` tokens before it, and the `first` of the sequence (StreamingLLM)."""
     left, first = _count("left", left), _count("first", first)
-    position = torch.arange(_count("num_tokens", num_tokens))
+    position = _count_up(0, _count("num_tokens", num_tokens))
     start = (position - left).clamp(min=0)
     beginning = torch.stack([torch.zeros_like(position), start.clamp(max=first)], -1)
     return [beginning, torch.stack([start, position + 1], -1)]
@@ -85,9 +88,10 @@ def window_and_first(left: int, first: int, num_tokens: int) -> list[Tensor]:
 
 def shared_prompt(prompt: int, answers: Sequence[int]) -> list[Tensor]:
     """Causal: tokens of one prompt, then of several answers to it, which do not see each other; lengths of all."""
-    length = torch.tensor([_count("prompt", prompt), *(_count("answers", answer) for answer in answers)])
+    lengths = _count("prompt", prompt), *(_count("answers", answer) for answer in _entries("answers", answers))
+    length = torch.tensor(lengths, device="cpu")
     starts = (length.cumsum(0) - length).repeat_interleave(length)
-    position = torch.arange(len(starts))
+    position = _count_up(0, len(starts))
     is_answer = position >= length[0]
     to_prompt = torch.stack([torch.zeros_like(position), torch.where(is_answer, length[0], 0)], -1)
     return [to_prompt, torch.stack([starts, position + 1], -1)]
@@ -95,7 +99,7 @@ def shared_prompt(prompt: int, answers: Sequence[int]) -> list[Tensor]:
 
 def continued(num_before: int, num_queries: int) -> Tensor:
     """[T, 2]: causal for the last num_queries tokens of a longer sequence, num_before tokens after its beginning."""
-    stop = _count("num_before", num_before) + torch.arange(1, _count("num_queries", num_queries) + 1)
+    stop = _count("num_before", num_before) + _count_up(1, _count("num_queries", num_queries) + 1)
     return torch.stack([torch.zeros_like(stop), stop], -1)
 
 
@@ -112,7 +116,8 @@ def from_slices(
     these, as in attn_type_map. Queries may be in several slices, whose keys must not overlap; in none they see nothing.
     """
     num_queries = _count("num_queries", num_queries)
-    lists = [x.tolist() if isinstance(x, Tensor) else list(x) for x in (q_ranges, k_ranges, types)]
+    named = dict(q_ranges=q_ranges, k_ranges=k_ranges, types=types)
+    lists = [_entries(name, x) for name, x in named.items()]
     if len(set(map(len, lists))) > 1:
         got = f"{len(lists[0])}, {len(lists[1])} and {len(lists[2])}"
         raise ArgumentError(explain("q_ranges, k_ranges and types must have one entry for each slice.", got=got))
@@ -120,16 +125,16 @@ def from_slices(
     for queries, keys, kind in zip(*lists, strict=True):
         first, last = _pair("q_ranges", queries)
         start, stop = _pair("k_ranges", keys)
-        if not 0 <= first <= last <= num_queries or not 0 <= start <= stop:
+        if not 0 <= first <= last <= num_queries or not 0 <= start <= stop <= _LARGEST:
             got = f"queries [{first}, {last}) of {num_queries}, keys [{start}, {stop})"
             raise ArgumentError(explain("a slice must be within the sequence.", got=got))
         _lay(layers, first, _slice(last - first, start, stop, _slice_type(kind)), num_queries)
-    return layers or [torch.zeros(num_queries, 2, dtype=torch.int64)]
+    return layers or [_nothing(num_queries)]
 
 
 def _slice(num_queries: int, start: int, stop: int, kind: str) -> Tensor:
-    row = torch.arange(num_queries)
-    ranges = torch.tensor([start, stop]).repeat(num_queries, 1)
+    row = _count_up(0, num_queries)
+    ranges = torch.tensor([start, stop], device="cpu").repeat(num_queries, 1)
     if kind in ("causal", "bidirectional_causal"):
         ranges[:, 1] += row + 1 - num_queries
     if kind in ("inverse_causal", "bidirectional_causal"):
@@ -139,12 +144,12 @@ def _slice(num_queries: int, start: int, stop: int, kind: str) -> Tensor:
 
 
 def _slice_type(kind: str | int) -> str:
-    if isinstance(kind, int) and not isinstance(kind, bool) and 0 <= kind < len(SLICE_TYPES):
-        return SLICE_TYPES[kind]
-    if kind not in SLICE_TYPES:
+    if isinstance(kind, (int, np.integer)) and not isinstance(kind, bool) and 0 <= kind < len(SLICE_TYPES):
+        return SLICE_TYPES[int(kind)]
+    if not isinstance(kind, str) or kind not in SLICE_TYPES:
         known = ", ".join(f'"{name}" ({number})' for number, name in enumerate(SLICE_TYPES))
         raise ArgumentError(explain("types must name how the slices are cut.", got=repr(kind), fix=f"one of {known}"))
-    return str(kind)
+    return kind
 
 
 def _lay(layers: list[Tensor], first: int, ranges: Tensor, num_queries: int) -> None:
@@ -154,7 +159,7 @@ def _lay(layers: list[Tensor], first: int, ranges: Tensor, num_queries: int) -> 
         if not layer[rows].any():
             break
     else:
-        layer = torch.zeros(num_queries, 2, dtype=torch.int64)
+        layer = _nothing(num_queries)
         layers.append(layer)
     layer[rows] = ranges
 
@@ -168,6 +173,7 @@ def from_mask(mask: Tensor) -> list[Tensor]:
         got = f"{mask.dtype}, {mask.ndim} dimensions" if isinstance(mask, Tensor) else str(type(mask))
         fix = "mask.bool() if 0 hides; mask == 0 if -inf hides, as where it is added to scores"
         raise ArgumentTypeError(explain("mask must be a bool tensor [T, S] or [B, T, S].", got=got, fix=fix))
+    check_dense("mask", mask)
     if mask.ndim == 4:
         if mask.shape[1] != 1:
             got = f"shape {list(mask.shape)}"
@@ -189,7 +195,7 @@ def from_mask_mod(
     num_queries, num_keys = _count("num_queries", num_queries), _count("num_keys", num_keys)
     entries = 1 if batch is None else _count("batch", batch)
     keys = torch.arange(num_keys, device=device)
-    over_keys = torch.vmap(mask_mod, in_dims=(None, None, None, 0))
+    over_keys = torch.vmap(_returning_a_tensor(mask_mod), in_dims=(None, None, None, 0))
     over_queries = torch.vmap(over_keys, in_dims=(None, None, 0, None))
     rows = max(1, _PAIRS_AT_ONCE // max(num_keys, 1))
     any_entry = _Unknown("batch entry", "batch=, how many there are")
@@ -200,15 +206,31 @@ def from_mask_mod(
             entry = any_entry if batch is None else torch.tensor(b, device=device)
             for block in torch.arange(num_queries, device=device).split(rows):
                 with _indexing_by_batched_tensors():
-                    seen = over_queries(entry, any_head, block, keys)
-                if seen.dtype != torch.bool:
-                    raise ArgumentTypeError(explain("mask_mod must return a bool tensor.", got=str(seen.dtype)))
-                yield seen
+                    yield over_queries(entry, any_head, block, keys)
 
     shape = (num_queries,) if batch is None else (entries, num_queries)
     if not entries * num_queries * num_keys:
-        return [torch.zeros(*shape, 2, dtype=torch.int64)]
+        return [_nothing(*shape)]
     return _ranges_of(shape, blocks())
+
+
+def _returning_a_tensor(mask_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    if not callable(mask_mod):
+        raise ArgumentTypeError(
+            explain("mask_mod must be a function of (b, h, q_idx, kv_idx).", got=repr(mask_mod)[:200])
+        )
+
+    def checked(*place: Any) -> Tensor:
+        seen = mask_mod(*place)
+        if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
+            got = str(seen.dtype) if isinstance(seen, Tensor) else repr(seen)[:200]
+            raise ArgumentTypeError(explain("mask_mod must return a bool tensor.", got=got))
+        if seen.ndim:  # of one pair, as it sees it under torch.vmap
+            got = f"shape {list(seen.shape)}"
+            raise ArgumentTypeError(explain("mask_mod must return one bool for a query and a key.", got=got))
+        return seen
+
+    return checked
 
 
 def _indexing_by_batched_tensors() -> AbstractContextManager:
@@ -233,11 +255,13 @@ class _Unknown:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        next(x for x in _flat(args) if isinstance(x, cls))._refuse()
+        next(x for x in _flat([args, *(kwargs or {}).values()]) if isinstance(x, cls))._refuse()
 
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse  # type: ignore[assignment]
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __floordiv__ = __truediv__ = _refuse
-    __getitem__ = __bool__ = __index__ = __int__ = __float__ = __neg__ = __invert__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __pow__ = __rpow__ = __lshift__ = __rlshift__ = _refuse
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __rshift__ = __rrshift__ = _refuse
+    __getitem__ = __bool__ = __index__ = __int__ = __float__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
     def __getattr__(self, name: str) -> Any:
@@ -273,10 +297,20 @@ def _ranges_of(shape: Sequence[int], blocks: Iterable[Tensor]) -> list[Tensor]:
                 fix="another order of the tokens may bring together what a query sees",
             )
         )
-    place = torch.arange(len(row)) - (num_runs.cumsum(0) - num_runs)[row]
-    ranges = torch.zeros(max(most, 1), done, 2, dtype=torch.int64)
+    place = _count_up(0, len(row)) - (num_runs.cumsum(0) - num_runs)[row]
+    ranges = _nothing(max(most, 1), done)
     ranges[place, row, 0], ranges[place, row, 1] = start, stop
     return list(ranges.view(len(ranges), *shape, 2))
+
+
+def _count_up(start: int, stop: int) -> Tensor:
+    """On the CPU, whatever the default device is; so are all tensors here."""
+    return torch.arange(start, stop, device="cpu")
+
+
+def _nothing(*shape: int) -> Tensor:
+    """Ranges in which there is no key."""
+    return torch.zeros(*shape, 2, dtype=torch.int64, device="cpu")
 
 
 def _count(name: str, value: int, least: int = 0) -> int:
@@ -285,8 +319,17 @@ def _count(name: str, value: int, least: int = 0) -> int:
     except TypeError:
         raise ArgumentTypeError(explain(f"{name} must be a whole number.", got=repr(value)[:200])) from None
     if count < least:
-        raise ArgumentError(explain(f"{name} must be at least {least}.", got=str(count)))
+        raise ArgumentError(explain(f"{name} must be at least {least}.", got=str(count)[:80]))
+    if count > _LARGEST:
+        raise ArgumentError(explain(f"{name} must be at most 2**62.", got=str(count)[:80]))
     return count
+
+
+def _entries(name: str, value: Any) -> list:
+    try:
+        return value.tolist() if isinstance(value, Tensor) and value.ndim else list(value)
+    except TypeError:
+        raise ArgumentTypeError(explain(f"{name} must be a sequence.", got=repr(value)[:200])) from None
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
@@ -301,10 +344,14 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
 
 def _lengths(name: str, value: int | Tensor | Sequence[int], most: int) -> Tensor:
     """One number or several, int64 on the CPU, each from 0 to `most`."""
-    lengths = torch.as_tensor(value, device="cpu")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.ndim > 1:
-        raise ArgumentTypeError(explain(f"{name} must hold whole numbers.", got=repr(value)[:200]))
+    try:
+        lengths = torch.as_tensor(value, device="cpu")
+        if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.ndim > 1:
+            raise TypeError
+        lengths = lengths.to_dense().long()
+    except (TypeError, ValueError, RuntimeError):  # also of what torch makes no tensor of
+        raise ArgumentTypeError(explain(f"{name} must hold whole numbers.", got=repr(value)[:200])) from None
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= most:
         wrong = next(x for x in lengths.flatten().tolist() if not 0 <= x <= most)
         raise ArgumentError(explain(f"{name} must be from 0 to num_tokens.", got=f"{wrong}, num_tokens {most}"))
-    return lengths.long()
+    return lengths
