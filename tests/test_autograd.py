@@ -244,15 +244,33 @@ def test_a_refusal_is_told_where_the_graph_is_differentiated_too():
     assert "layout is unknown" in said and said.splitlines()[0] in told
 
 
-@pytest.mark.parametrize("transform", ["grad", "vmap"])
+@pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of documents", "vmap of ranges"])
 def test_the_transforms_of_torch_func_are_refused_in_ones_own_words(transform):
     q, k, v = (x.detach() for x in tensors())
     ways = {
         "grad": lambda: torch.func.grad(lambda q: ringspan.ring_attention(q, k, v).sum())(q),
         "vmap": lambda: torch.vmap(lambda k: ringspan.ring_attention(q, k, v))(k[None]),
+        "vmap of documents": lambda: torch.vmap(lambda x: ringspan.ring_attention(q, k, v, cu_seqlens=x))(
+            torch.tensor([[0, 9, 24], [0, 8, 24]])
+        ),
+        "vmap of ranges": lambda: torch.vmap(lambda x: ringspan.ring_attention(q, k, v, key_ranges=x))(
+            torch.ones(2, 24, 2).int()
+        ),
     }
     with pytest.raises(ringspan.UnsupportedError, match=r"torch\.func(.|\n)*inside of grad, vjp, vmap"):
         ways[transform]()
+
+
+def test_masks_that_were_made_in_inference_mode_serve_training():
+    def grads(documents, ranges):
+        q, k, v = tensors()
+        out = ringspan.ring_attention(q, k, v, cu_seqlens=documents, key_ranges=ranges)
+        return torch.autograd.grad(out.square().sum(), (q, k, v))
+
+    made = torch.tensor([0, 9, 24]), torch.tensor([[3, 20]] * 24)
+    with torch.inference_mode():
+        of_inference_mode = [x.clone() for x in made]
+    assert all(map(torch.equal, grads(*made), grads(*of_inference_mode)))
 
 
 def test_meta_tensors_on_one_rank_are_a_refusal_and_no_made_up_result():

@@ -100,7 +100,23 @@ REFUSALS = {
         "must not overlap",
     ),
     "documents words": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=["a"])), TypeError, "must hold integers"),
+    "documents dtype": (
+        lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.tensor([0, 24 + 3j]))),
+        TypeError,
+        "tensor of integers",
+    ),
+    "window set": (lambda q, k, v: ((q, k, v), dict(window_size={9, 3})), TypeError, "two integers"),
+    "inference mode": (
+        lambda q, k, v: ((q.requires_grad_(), of_inference_mode(k), v), {}),
+        TypeError,
+        "k must not be of inference mode",
+    ),
 }
+
+
+def of_inference_mode(x):
+    with torch.inference_mode():
+        return x.clone()
 
 
 def disagree(rank, different):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import results, run_processes
+from torch.autograd import forward_ad
 
 import ringspan
 from ringspan import run_local
@@ -142,11 +143,48 @@ def test_the_ops_of_shard_pass_the_checks_of_torch_library():
     torch.library.opcheck(torch.ops.ringspan.shard_backward.default, (d, 1, "zigzag", None, 1, 3, 7))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_what_is_no_dense_tensor_of_this_rank_is_refused():
     class DTensor(torch.Tensor):  # by name, as that of torch.distributed.tensor
         pass
 
-    for x, words in ((torch.ones(4).as_subclass(DTensor), "x.to_local()"), (torch.ones(4).to_sparse(), ".to_dense()")):
+    nested = torch._nested_tensor_from_mask(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    for x, words in (
+        (torch.ones(4).as_subclass(DTensor), "x.to_local()"),
+        (torch.ones(4).to_sparse(), ".to_dense()"),
+        (nested, "a nested tensor"),
+    ):
         for call in (ringspan.shard, ringspan.unshard):
             with pytest.raises(ringspan.ArgumentTypeError, match=words):
                 call(x, 0)
+
+
+def refused_by_one(x):
+    """What each rank hears of an unshard to which rank 1 comes with x."""
+
+    def work(group):
+        with pytest.raises(ringspan.RingspanError) as caught:
+            ringspan.unshard(x if group.rank() else torch.ones(1, 2), 1)
+        return type(caught.value), str(caught.value)
+
+    (peer, told), (own, words) = run_local(work, 2, timeout=20)
+    assert peer is ringspan.PeerRefusedError and words.splitlines()[0] in told
+    return own, words
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_unshard_refuses_what_torch_would_on_every_rank():
+    nested = torch._nested_tensor_from_mask(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    own, words = refused_by_one(nested)
+    assert own is ringspan.ArgumentTypeError and "a nested tensor" in words
+    own, words = refused_by_one(torch.ones(1, 2, device="meta"))
+    assert own is ringspan.ArgumentTypeError and "x must hold numbers" in words
+    with forward_ad.dual_level():
+        own, words = refused_by_one(forward_ad.make_dual(torch.ones(1, 2), torch.ones(1, 2)))
+    assert own is ringspan.UnsupportedError and "x carries a tangent" in words
+    for transform in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(ringspan.UnsupportedError, match="unshard does not go through the transforms"):
+            transform(lambda x: ringspan.unshard(x, 0).sum())(
+                torch.ones(1, 2) if transform is torch.vmap else torch.ones(2)
+            )

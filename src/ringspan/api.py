@@ -12,6 +12,7 @@ from torch import Tensor
 from ringspan import call, reshard
 from ringspan.arguments import (
     check_alike,
+    check_can_be_kept,
     check_holds_numbers,
     check_local,
     check_no_transforms,
@@ -147,6 +148,8 @@ def ring_attention(
             agreement=agreement,
             gradients=_gradients(q=q, k=k, v=v, sinks=sinks),
         )
+        if not torch.compiler.is_compiling():
+            check_can_be_kept(options.gradients, q=q, k=k, v=v, sinks=sinks)
         if not isinstance(return_lse, bool):
             raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
     except Exception as error:
@@ -229,6 +232,8 @@ def unshard(
     name = group_name(group)
     try:
         dim = _checked_dim(x, dim)
+        check_holds_numbers(x=x)
+        check_no_transforms("unshard", x=x)
         documents = documents_of(documents_tensor(cu_seqlens))
         split(layout, documents[-1] if documents else 0, 1, documents)
     except Exception as error:
@@ -309,8 +314,9 @@ def _checked_dim(x: Tensor, dim: int) -> int:
     if not isinstance(x, Tensor):
         raise ArgumentTypeError(explain("x must be a torch.Tensor.", got=str(type(x))))
     check_local("x", x)
-    if x.layout != torch.strided:
-        raise ArgumentTypeError(explain("x must be a dense tensor.", got=str(x.layout), fix="use .to_dense()"))
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else str(x.layout)
+        raise ArgumentTypeError(explain("x must be a dense tensor.", got=got, fix="use .to_dense()"))
     dim = _index("dim", dim, at_least=-x.ndim)
     if dim >= x.ndim:
         raise ArgumentError(explain(f"dim must be one of x's {x.ndim} dimensions.", got=str(dim)))

@@ -121,6 +121,20 @@ def check_holds_numbers(**tensors: Tensor) -> None:
             raise ArgumentTypeError(explain(f"{name} must hold numbers.", got="a tensor on the meta device", fix=fix))
 
 
+def check_can_be_kept(gradients: str, **tensors: Tensor | None) -> None:
+    """Refuse what autograd cannot keep for a backward: it would say so after the ring has run, to this rank alone."""
+    for name, x in tensors.items():
+        if gradients and x is not None and x.is_inference():
+            fix = f"{name}.clone() outside of inference mode, or torch.no_grad() around the call"
+            raise ArgumentTypeError(
+                explain(
+                    f"{name} must not be of inference mode where gradients are asked for.",
+                    got=f"a tensor of torch.inference_mode, and gradients of {gradients}",
+                    fix=fix,
+                )
+            )
+
+
 def check_sinks(sinks: Tensor | None, q: Tensor) -> None:
     """Refuse sinks unless they are a number a query head, on q's device."""
     if sinks is None:
@@ -224,7 +238,7 @@ def normalised_options(
 
 def _window(window_size: Sequence[int]) -> tuple[int, int]:
     try:
-        left, right = window_size
+        left, right = window_size if isinstance(window_size, (Sequence, np.ndarray)) else ()
     except (TypeError, ValueError):
         raise ArgumentTypeError(
             explain("window_size must be two integers (left, right).", got=repr(window_size), fix="(-1, -1) is none")
@@ -263,7 +277,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
     check_local("cu_seqlens", cu_seqlens)
     if not isinstance(cu_seqlens, Tensor):
         return torch.tensor(_boundaries(cu_seqlens), dtype=torch.int64, device="cpu")
-    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.dtype == torch.bool:
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in _INTEGERS:
         raise ArgumentTypeError(
             explain(
                 "cu_seqlens must be a 1-D tensor of integers.",
@@ -271,7 +285,7 @@ def documents_tensor(cu_seqlens: Sequence[int] | Tensor | None) -> Tensor | None
             )
         )
     check_dense("cu_seqlens", cu_seqlens)
-    return cu_seqlens.detach().to("cpu", torch.int64)
+    return _on_cpu(cu_seqlens)
 
 
 def documents_of(cu_seqlens: Tensor | None) -> tuple[int, ...] | None:
@@ -305,7 +319,15 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
                     fix="shape [T, 2] or [batch, T, 2]",
                 )
             )
-    return [part.detach().to("cpu", torch.int64) for part in parts]
+    return [_on_cpu(part) for part in parts]
+
+
+def _on_cpu(mask: Tensor) -> Tensor:
+    """int64; of a tensor of inference mode, which autograd cannot keep, a copy."""
+    mask = mask.detach().to("cpu", torch.int64)
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not mask.is_inference():
+        return mask
+    return mask.clone()
 
 
 def check_dense(name: str, x: Tensor) -> None:
@@ -314,6 +336,8 @@ def check_dense(name: str, x: Tensor) -> None:
         got = "a nested tensor" if x.is_nested else str(x.layout)
         raise ArgumentTypeError(explain(f"{name} must be a dense tensor.", got=got, fix="use .to_dense()"))
     check_holds_numbers(**{name: x})
+    if not torch.compiler.is_compiling():
+        check_no_transforms(name, **{name: x})
 
 
 def check_ranges(key_ranges: tuple[KeyRanges, ...] | None, q: Tensor) -> None:
