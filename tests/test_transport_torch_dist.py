@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import results, run_processes
+from torch.distributed.device_mesh import DeviceMesh
 from transport_behaviour import BEHAVIOURS, NUM_RANKS
 from whole import Case, check, ring
 
@@ -98,6 +99,19 @@ def groups_in_groups(rank):
             ringspan.ring_attention(q, q, q, group=pair)
     with pytest.raises(ValueError, match="1-D DeviceMesh"):
         ringspan.ring_attention(q, q, q, group=mesh)
+    some = DeviceMesh("cpu", [1, 2])
+    for call in (lambda: ringspan.ring_attention(q, q, q, group=some), lambda: ringspan.shard(q, 2, group=some)):
+        if rank in (1, 2):
+            call()
+        else:
+            with pytest.raises(ringspan.ArgumentError, match="does not contain this rank"):
+                call()
+    another_order = DeviceMesh("cpu", [[1, 0], [3, 2]], mesh_dim_names=("dp", "cp"))["cp"]  # its group's is ascending
+    for call in (ringspan.ring_attention, ringspan.shard):
+        args = (q, q, q) if call is ringspan.ring_attention else (q, 2)
+        with pytest.raises(ringspan.ArgumentError, match=r"ranks ascend(.|\n)*got  ranks (1, 0|3, 2)\n"):
+            call(*args, group=another_order)
+    ringspan.ring_attention(q, q, q, group=another_order.get_group())
     with pytest.raises(TypeError, match="group is not a group"):
         ringspan.ring_attention(q, q, q, group="world")
     with pytest.raises(ValueError, match="cannot serve this group"):

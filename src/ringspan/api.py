@@ -89,7 +89,8 @@ def ring_attention(
         k: [B, K, S_local, D], v: [B, K, S_local, E], this rank's keys and values; E is D unless values are shorter or
             longer than keys. H a multiple of K, and query head h reads key/value head h // (H / K), without
             expanding k and v. Lengths may differ between ranks, and may be 0.
-        group: a torch.distributed ProcessGroup, a 1-D DeviceMesh, or the group that `run_local` hands out.
+        group: a torch.distributed ProcessGroup, a 1-D DeviceMesh of ascending ranks, or the group that `run_local`
+            hands out. The place of a rank in the ring is its rank in the group.
             None: inside run_local the worker's group, else the default process group, else a ring of one.
         causal: a query sees keys at its own global position and before (window_size's right side becomes 0).
         window_size: (left, right): query p sees keys p - left .. p + right; -1 is unbounded.

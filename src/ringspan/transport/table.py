@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import weakref
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -56,13 +58,7 @@ def _name_of(group: Any) -> str:
     if isinstance(group, dist.ProcessGroup):
         return f"dist:{group.group_name}"
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ArgumentError(
-            explain(
-                "group does not contain this rank.",
-                got="what torch.distributed.new_group returns to ranks outside of the group",
-                fix="call only on the ranks of the group",
-            )
-        )
+        raise _outside("what torch.distributed.new_group returns to ranks outside of the group")
     raise ArgumentTypeError(
         explain(
             "group is not a group.",
@@ -70,6 +66,11 @@ def _name_of(group: Any) -> str:
             fix="a torch.distributed ProcessGroup, a 1-D DeviceMesh, the group that run_local hands out, or None",
         )
     )
+
+
+def _outside(got: str) -> ArgumentError:
+    fix = "call only on the ranks of the group"
+    return ArgumentError(explain("group does not contain this rank.", got=got, fix=fix))
 
 
 def _refuse_unjoined() -> None:
@@ -95,7 +96,34 @@ def _group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
                 fix='pass one axis of it, e.g. mesh["cp"]',
             )
         )
-    return mesh.get_group()
+    if mesh.get_coordinate() is None:
+        raise _outside("a DeviceMesh of other ranks")
+    group = mesh.get_group()
+    if not torch.compiler.is_compiling() and mesh not in _ascending:
+        _check_ascends(mesh, group)
+        _ascending.add(mesh)
+    return group
+
+
+# Asking a mesh for its ranks takes a fifth of a millisecond.
+_ascending: weakref.WeakSet[DeviceMesh] = weakref.WeakSet()
+
+
+def _check_ascends(mesh: DeviceMesh, group: dist.ProcessGroup) -> None:
+    """Refuse a mesh whose first rank is not the first of its group: each has another idea of who holds which token."""
+    ranks, order = mesh.mesh.tolist(), dist.get_process_group_ranks(group)
+    if ranks != order:
+        raise ArgumentError(
+            explain(
+                "group must be a DeviceMesh whose ranks ascend, as those of its process group do.",
+                got=f"ranks {_shown(ranks)}",
+                fix=f"a mesh of ranks {_shown(order)}, or mesh.get_group(), whose shards lie in that order",
+            )
+        )
+
+
+def _shown(ranks: list[int]) -> str:
+    return f"{', '.join(map(str, ranks[:8]))}{', ...' if len(ranks) > 8 else ''}"
 
 
 def check_transport(name: str, transport: str) -> None:
