@@ -11,6 +11,9 @@ from definition import OUT_BOUNDS, attention, bounds_of_gradients, gradients, re
 
 import ringspan
 from ringspan import ring_attention_spmd_bwd, ring_attention_spmd_fwd, run_local
+from ringspan.kernels import threads
+from ringspan.kernels.table import KERNELS
+from ringspan.kernels.threads import num_threads
 
 
 class Spmd:
@@ -170,6 +173,35 @@ def test_a_launch_with_cores_gives_the_same_bits(lnc):
         assert torch.equal(mine, expected)
 
 
+def test_the_default_of_lnc_size_leaves_a_plain_backward_all_cores(monkeypatch):
+    cores = []
+    for kernel in KERNELS:
+        plain = kernel.absorb_gradient
+        counting = lambda *args, plain=plain: (cores.append(num_threads()), plain(*args))[1]  # noqa: E731
+        monkeypatch.setattr(kernel, "absorb_gradient", counting)
+    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 7)
+    given = given_to_backward()
+    ring_attention_spmd_bwd(**given)
+    ring_attention_spmd_bwd(**given, lnc_size=2)
+    ring_attention_spmd_bwd[1](**given)
+    assert cores == [7, 2, 1]
+
+
+def test_what_is_wrong_in_one_ring_is_told_in_those_beside_it():
+    """They are calls of one group: where one ring went on alone, the next call of all would find it elsewhere."""
+
+    def work(group):
+        x = torch.randn(1, 2, 4, 8)
+        options = dict(use_causal_mask=True, softmax_scale=1.0) if group.rank() == 3 else {}
+        with pytest.raises(
+            ringspan.DisagreementError, match=r"use_causal_mask\.\n  got  False on rank 2; True on rank 3"
+        ):
+            ring_attention_spmd_fwd(x, x, x.mT, num_workers=2, replica_groups=((0, 1), (2, 3)), **options)
+        return True
+
+    assert run_local(work, 4, timeout=30) == [True] * 4
+
+
 def documents(lengths, workers, b, h):
     """Bounds of packed documents under striping: the same local ranges on every worker. And the global mask."""
     local = np.cumsum([0, *(length // workers for length in lengths)])
@@ -203,6 +235,9 @@ def test_bounds_may_differ_per_batch_and_head_and_may_hide_everything():
     key = np.arange(seqlen)
     mask = torch.from_numpy((low <= key) & (key < high)).view(b, h, seqlen, seqlen) & case.mask
     assert not mask.any(-1).all(), "some rows see nothing"
+    # Between two integers, and beyond all: a key is an integer, and is seen from the first that is not below.
+    low, high = low - 0.25, high - 0.75
+    low[low < 0], high[high >= seqlen] = -math.inf, math.inf
 
     def work(group):
         bounds = dict(bound_min=torch.from_numpy(low), bound_max=torch.from_numpy(high))
@@ -240,6 +275,7 @@ def test_lse_comes_in_the_dtype_asked_for(wanted):
     assert lse.dtype == ringspan.arrays.torch_dtype(wanted)
 
 
+STRIPED = dict(use_causal_mask=True, striped_input=True, softmax_scale=1.0, bound_max=torch.ones(2, 8, 1))
 MISUSES = {
     "causal without scale": (dict(use_causal_mask=True), "softmax_scale must be 1.0"),
     "causal with a scale": (dict(use_causal_mask=True, softmax_scale=0.25), "softmax_scale must be 1.0"),
@@ -250,6 +286,16 @@ MISUSES = {
     "group size": (dict(replica_groups=((0,), (1,))), "must hold num_workers ranks"),
     "bounds alone": (dict(bound_min=torch.zeros(2, 8, 1)), "go together"),
     "bounds unmasked": (dict(bound_min=torch.zeros(2, 8, 1), bound_max=torch.ones(2, 8, 1)), "require use_causal_mask"),
+    "bounds of runs": (
+        dict(bound_min=torch.zeros(2, 8, 1), bound_max=torch.ones(2, 8, 1), use_causal_mask=True, softmax_scale=1.0),
+        "require use_causal_mask and striped input",
+    ),
+    "causal with a truth": (dict(use_causal_mask=True, softmax_scale=True), "softmax_scale must be 1.0"),
+    "bounds that are NaN": (dict(STRIPED, bound_min=torch.full((2, 8, 1), math.nan)), "must not hold NaN"),
+    "bounds that require grad": (
+        dict(STRIPED, bound_min=torch.zeros(2, 8, 1, requires_grad=True)),
+        "bound_min requires grad",
+    ),
     "lse_dtype": (dict(lse_dtype=torch.int32), "lse_dtype must be"),
     "lse_dtype 64": (dict(lse_dtype=torch.float64), "lse_dtype must be"),
     "seqlen": (
@@ -271,6 +317,16 @@ def test_misuse_is_refused_on_every_rank(name):
         return ring_attention_spmd_fwd(x, x, x.mT, num_workers=2).shape
 
     assert run_local(work, 2, timeout=30) == [(1, 2, 8, 4)] * 2
+
+
+def test_sizes_that_the_contract_does_not_have_are_refused():
+    x, wide = torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 4, 257)
+    with pytest.raises(ringspan.ArgumentError, match="seqlen must be at least 1"):
+        ring_attention_spmd_fwd(x, x, x, tp_q=True, tp_k=True)
+    with pytest.raises(ringspan.ArgumentError, match="d must be from 1 to 256"):
+        ring_attention_spmd_fwd(wide, wide, wide, tp_q=True, tp_k=True)
+    with pytest.raises(ringspan.ArgumentError, match="d must be from 1 to 256"):
+        ring_attention_spmd_bwd(*[wide.mT] * 5, torch.zeros(1, 2, 128, 1))
 
 
 def test_what_requires_grad_is_sent_to_ring_attention():
@@ -347,6 +403,26 @@ def test_o_and_dy_must_have_the_dtype_of_q(name):
         ring_attention_spmd_bwd(**given_to_backward(**{name: torch.Tensor.bfloat16}))
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda lse: lse.requires_grad_(), "lse_ref requires grad"),
+        (lambda lse: lse.long(), "must be the lse that the forward returned"),
+        (lambda lse: lse[..., 0], "must be the lse that the forward returned"),
+        (lambda lse: lse.numpy(), "cannot be mixed"),
+    ],
+)
+def test_what_cannot_be_the_forward_s_lse_is_refused(spoil, words):
+    with pytest.raises(ringspan.RingspanError, match=words):
+        ring_attention_spmd_bwd(**given_to_backward(lse_ref=spoil))
+
+
+def test_bounds_of_runs_are_refused_in_the_backward_too():
+    bounds = dict(bound_min=torch.zeros(1, 6), bound_max=torch.ones(1, 6))
+    with pytest.raises(ringspan.ArgumentError, match="require use_causal_mask and striped input"):
+        ring_attention_spmd_bwd(**given_to_backward(), use_causal_mask=True, softmax_scale=1.0, **bounds)
+
+
 def test_bounds_of_a_wrong_shape_are_told_both_that_are_right():
     bounds = dict(bound_min=torch.zeros(1, 5), bound_max=torch.ones(1, 5))
     options = dict(use_causal_mask=True, softmax_scale=1.0, striped_attention=True)
@@ -362,6 +438,24 @@ def test_an_lse_beyond_float16_is_refused_not_made_infinite():
         ring_attention_spmd_fwd(q, q, q, lse_dtype=torch.float16, **options)
     _, lse = ring_attention_spmd_fwd(q, q, q, lse_dtype=torch.bfloat16, **options)
     assert lse.isfinite().all()
+
+
+def test_a_rank_whose_lse_is_beyond_float16_is_named_to_the_others():
+    """They have their results, and would wait for it in their next call."""
+    told = []
+
+    def work(group):
+        q = torch.full((1, 1, 4, 64), 400.0 if group.rank() else 1.0)
+        options = dict(training=True, tp_q=True, tp_k=True, lse_dtype=torch.float16, num_workers=2)
+        try:
+            for _ in range(2):
+                ring_attention_spmd_fwd(q, torch.full_like(q, 400.0), q, **options)
+        except ringspan.RingspanError as error:
+            told.append(str(error))
+
+    with pytest.raises(ringspan.ArgumentError, match="does not fit into float16"):
+        run_local(work, 2, timeout=10)
+    assert any("rank 1 failed first: ArgumentError" in text for text in told)
 
 
 @pytest.mark.parametrize(
