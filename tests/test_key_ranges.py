@@ -35,7 +35,15 @@ CASES = {
         dict(key_ranges=masks.padding(LENGTHS, TOKENS), causal=True),
         lambda b, p, j: j <= p and j < LENGTHS[b],
     ),
+    "padding on the left": (
+        dict(key_ranges=masks.padding(LENGTHS, TOKENS, left=True), causal=True),
+        lambda b, p, j: j <= p and j >= TOKENS - LENGTHS[b],
+    ),
     "prefix": (dict(key_ranges=masks.prefix(50, TOKENS)), lambda b, p, j: j < 50 or j <= p),
+    "prefix of each entry": (
+        dict(key_ranges=masks.prefix(LENGTHS, TOKENS)),
+        lambda b, p, j: j < LENGTHS[b] or j <= p,
+    ),
     "images": (
         dict(key_ranges=masks.images_in_text(IMAGES, TOKENS)),
         lambda b, p, j: j <= p or any(first <= p < last and first <= j < last for first, last in IMAGES),

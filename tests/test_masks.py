@@ -152,6 +152,28 @@ def test_slices_of_the_same_queries_become_several_ranges():
     check(case, run_local(ring, 3, case, timeout=60)[0])
 
 
+def test_padding_is_of_the_keys_where_the_queries_are_another_sequence():
+    for left in (False, True):
+        ranges = masks.padding([2, 0], 5, left=left, num_queries=3)
+        expected = [[[False] * 3 + [True] * 2 if left else [True] * 2 + [False] * 3] * 3, [[False] * 5] * 3]
+        assert shown(ranges, 5).tolist() == expected
+
+
+def test_images_may_be_named_in_any_order():
+    images = [(5, 6), (1, 3), (3, 5)]
+    assert torch.equal(masks.images_in_text(images, 8), masks.images_in_text(sorted(images), 8))
+
+
+def test_a_row_may_have_as_many_runs_as_are_promised_and_no_more():
+    for num_runs in (64, 65):
+        mask = torch.arange(2 * num_runs).expand(3, -1) % 2 == 0
+        if num_runs == 64:
+            assert torch.equal(shown(masks.from_mask(mask), 128), mask)
+        else:
+            with pytest.raises(ringspan.UnsupportedError, match="got  65 runs for row 0"):
+                masks.from_mask(mask)
+
+
 def test_no_slices_show_nothing():
     assert not shown(masks.from_slices([], [], [], 7), 7).any()
 
@@ -199,6 +221,7 @@ def test_numbers_of_numpy_are_taken(dtype):
         (lambda: masks.padding([3, 9], 8), "lengths must be from 0 to num_tokens.\n  got  9, num_tokens 8"),
         (lambda: masks.padding([3.0], 8), "lengths must hold whole numbers"),
         (lambda: masks.padding(3, 8), "lengths must have a number for each batch entry"),
+        (lambda: masks.padding([[3]], 8), "lengths must hold whole numbers"),
         (lambda: masks.padding(torch.tensor([True]), 8), "lengths must hold whole numbers"),
         (lambda: masks.prefix(9, 8), "length must be from 0 to num_tokens"),
         (lambda: masks.prefix(-1, 8), "length must be from 0 to num_tokens"),
@@ -210,6 +233,7 @@ def test_numbers_of_numpy_are_taken(dtype):
         (lambda: masks.frames(4, 1.5, 8), "before must be a whole number"),
         (lambda: masks.images_in_text([(2, 5), (4, 6)], 8), "got  (4, 6) after 5, of 8 tokens"),
         (lambda: masks.images_in_text([(5, 9)], 8), "got  (5, 9) after 0, of 8 tokens"),
+        (lambda: masks.images_in_text([(5, 4)], 8), "got  (5, 4) after 0, of 8 tokens"),
         (lambda: masks.images_in_text([5], 8), "images must hold pairs (start, stop)"),
         (lambda: masks.images_in_text(None, 8), "images must be a sequence.\n  got  None"),
         (lambda: masks.window_and_first(-1, 4, 8), "left must be at least 0"),
@@ -218,6 +242,11 @@ def test_numbers_of_numpy_are_taken(dtype):
         (lambda: masks.continued(2**63 - 1, 2), "num_before must be at most 2**62"),
         (lambda: masks.continued(-3, 2), "num_before must be at least 0"),
         (lambda: masks.from_slices([(0, 9)], [(0, 9)], [1], 8), "got  queries [0, 9) of 8, keys [0, 9)"),
+        (lambda: masks.from_slices([(0, 8)], [(5, 4)], [0], 8), "got  queries [0, 8) of 8, keys [5, 4)"),
+        (lambda: masks.from_slices([(0, 8)], [(-1, 4)], [0], 8), "got  queries [0, 8) of 8, keys [-1, 4)"),
+        (lambda: masks.from_slices([(-1, 4)], [(0, 8)], [0], 8), "got  queries [-1, 4) of 8, keys [0, 8)"),
+        (lambda: masks.from_slices([(5, 4)], [(0, 8)], [0], 8), "got  queries [5, 4) of 8, keys [0, 8)"),
+        (lambda: masks.from_slices([(0, 8)], [(0, 8)], [True], 8), "got  True"),
         (lambda: masks.from_slices([(0, 8)], [(0, 8)], [4], 8), "types must name how the slices are cut.\n  got  4"),
         (lambda: masks.from_slices([(0, 8)], [(0, 8)], ["casual"], 8), "got  'casual'"),
         (lambda: masks.from_slices([(0, 8)], [], [1], 8), "got  1, 0 and 1"),
