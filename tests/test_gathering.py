@@ -53,6 +53,11 @@ def test_shards_are_gathered_until_there_are_enough_keys(enough_keys, runs, call
     assert list(calls.runs.values()) == [runs] * NUM_RANKS
 
 
+def test_it_is_keys_that_there_must_be_enough_of_however_many_queries(calls, monkeypatch):
+    results_of(21, calls, monkeypatch, Case(50, keys=100))
+    assert list(calls.runs.values()) == [[2, 2, 1]] * NUM_RANKS
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
 @pytest.mark.parametrize(
     "options",

@@ -220,6 +220,18 @@ WRONG_FORWARD = {
         "does not use it next",
         lambda p: changed(p, 2, 0, receive=Hop(0, 0)),
     ),
+    "a hop is posted twice at both its ends": (
+        ALL,
+        "a hop is posted twice",
+        lambda p: [replace(plan, steps=(replace(plan.steps[0], tiles=()), *plan.steps)) for plan in p],
+    ),
+    "a rank does not know who reads its shard": (ALL, "has readers", lambda p: [replace(p[0], readers=()), *p[1:]]),
+    "a rank takes one more for a reader": (
+        CAUSAL,
+        "has readers",
+        lambda p: [*p[:2], replace(p[2], readers=(0,))],
+    ),
+    "a result rides": (ALL, "ride where nobody waits", lambda p: changed(p, 1, 1, ride_send=Hop(2, 0))),
 }
 WRONG_BACKWARD = {
     "a ride is not sent": ("keeps a result back", lambda p: changed(p, 1, 1, ride_send=None)),

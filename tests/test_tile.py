@@ -215,8 +215,10 @@ def test_a_full_tile_is_one_piece():
 
 def test_only_intervals_of_few_rows_are_kept():
     """A tile of a million rows that were kept would be 16 MiB, and 64 of them a gibibyte."""
-    for num_rows, kept in ((100, True), (1 << 17, False)):
-        mask = Mask(num_rows, num_rows, right=0, cu_seqlens=(0, 7, num_rows))
+    for num_rows, num_entries, kept in ((100, 1, True), (1 << 17, 1, False), (100, 2, True), (1 << 10, 128, False)):
+        documents = dict(right=0, cu_seqlens=(0, 7, num_rows))
+        ranges = KeyRanges.of(np.broadcast_to([3, num_rows - 3], (num_entries, num_rows, 2)))
+        mask = Mask(num_rows, num_rows, **(documents if num_entries == 1 else dict(key_ranges=(ranges,))))
         tile = Tile(range(num_rows), range(num_rows), 0, 0, mask)
         assert tile.intervals().band is None
         assert (tile.intervals() is tile.intervals()) == kept
