@@ -1,6 +1,7 @@
 """What a call with CUDA tensors does before and around its kernels, told without a GPU: capture, graphs, refusals."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -72,6 +73,16 @@ def test_a_captured_call_exchanges_nothing_and_has_the_agreement_of_the_call_bef
     assert transport.num_exchanges == 1
     with pytest.raises(ArgumentError, match="no good"):
         begin(transport, error=ArgumentError("no good"))
+
+
+def test_where_in_a_graph_a_call_is_and_whose_backward_is_no_matter_in_a_capture(capturing):
+    """Both are numbers of one call, and the call before was another."""
+    transport = Recording(length=5)
+    warm = begin(transport)
+    capturing.on = True
+    terms = Terms({"layout": "zigzag"}, 8, 8, device_type="cuda")
+    for numbered in (dict(forward=3), dict(place=2)):
+        assert call.begin(transport, lambda numbered=numbered: replace(terms, **numbered), True)[1] == warm
 
 
 def test_a_call_that_was_not_made_before_its_capture_is_refused(capturing):

@@ -12,13 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 import ringspan
 from ringspan import run_local
+from ringspan.agreement import MESSAGE_BYTES, _pack
 from ringspan.arguments import check_like, check_tensors
 from ringspan.kernels.table import KERNELS
 
 
-def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0):
+def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0, batch=1, kv_heads=None, value_dim=None):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, heads, tokens, head_dim, generator=generator).to(dtype) for _ in range(3)]
+    sizes = (heads, head_dim), (kv_heads or heads, head_dim), (kv_heads or heads, value_dim or head_dim)
+    return [torch.randn(batch, num, tokens, dim, generator=generator).to(dtype) for num, dim in sizes]
 
 
 def errors(endings):
@@ -30,6 +32,9 @@ DISAGREEMENTS = {
     "head_dim": (dict(head_dim=5), {}, "disagree on head_dim"),
     "dtype": (dict(dtype=torch.bfloat16), {}, "disagree on dtype"),
     "heads": (dict(heads=3), {}, "disagree on the number of query heads"),
+    "key heads": (dict(kv_heads=1), {}, "disagree on the number of key/value heads"),
+    "batch": (dict(batch=2), {}, "disagree on batch"),
+    "head_dim of v": (dict(value_dim=5), {}, "disagree on head_dim of v"),
     "causal": ({}, dict(causal=True), "disagree on causal and window_size"),
     "layout": ({}, dict(layout="zigzag"), "disagree on layout"),
     "scale": ({}, dict(softmax_scale=0.5), "disagree on softmax_scale"),
@@ -94,11 +99,47 @@ REFUSALS = {
         ValueError,
         "q's batch size",
     ),
+    "ranges of one entry": (
+        lambda q, k, v: ([x.expand(2, -1, -1, -1) for x in (q, k, v)], dict(key_ranges=torch.zeros(1, 24, 2).int())),
+        ValueError,
+        "q's batch size",
+    ),
     "ranges twice": (
         lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.tensor([[0, 9]] * 24)] * 2)),
         ValueError,
         "must not overlap",
     ),
+    "ranges of three": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 3).int())),
+        ValueError,
+        "(start, stop)",
+    ),
+    "documents without an end": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[0])), ValueError, "begin with 0"),
+    "no documents": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[])), ValueError, "begin with 0"),
+    "documents shape": (
+        lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.tensor([[0], [24]]))),
+        TypeError,
+        "tensor of integers",
+    ),
+    "documents of truths": (
+        lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.tensor([False, True]))),
+        TypeError,
+        "tensor of integers",
+    ),
+    "batch": (lambda q, k, v: ((q.expand(2, -1, -1, -1), k, v), {}), ValueError, "one batch size"),
+    "no heads": (lambda q, k, v: ((q, k[:, :0], v[:, :0]), {}), ValueError, "at least one head"),
+    "no dims": (lambda q, k, v: ((q[..., :0], k[..., :0], v), {}), ValueError, "head_dim 1"),
+    "sparse": (lambda q, k, v: ((q, k.to_sparse(), v), {}), TypeError, "k must be a dense tensor"),
+    "odd address": (lambda q, k, v: ((q, k, at_an_odd_address(v)), {}), ValueError, "v's elements must be aligned"),
+    "window of truths": (lambda q, k, v: ((q, k, v), dict(window_size=(True, 0))), TypeError, "two integers"),
+    "scale type": (lambda q, k, v: ((q, k, v), dict(softmax_scale=True)), TypeError, "must be a number"),
+    # finite, but not when it is multiplied by log2(e), as kernels do in float32
+    "scale in float32": (lambda q, k, v: ((q, k, v), dict(softmax_scale=-3e38)), ValueError, "must be finite"),
+    "agreement": (lambda q, k, v: ((q, k, v), dict(agreement=1)), TypeError, "agreement must be a bool"),
+    "return_lse": (lambda q, k, v: ((q, k, v), dict(return_lse=1)), TypeError, "return_lse must be a bool"),
+    # Longer than a message; of the two, one is cut within a letter.
+    "long": (lambda q, k, v: ((q, k, v), dict(layout="ü" * 2000)), ValueError, "layout is unknown"),
+    "long too": (lambda q, k, v: ((q, k, v), dict(layout="u" + "ü" * 2000)), ValueError, "layout is unknown"),
     "documents words": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=["a"])), TypeError, "must hold integers"),
     "documents dtype": (
         lambda q, k, v: ((q, k, v), dict(cu_seqlens=torch.tensor([0, 24 + 3j]))),
@@ -117,6 +158,10 @@ REFUSALS = {
 def of_inference_mode(x):
     with torch.inference_mode():
         return x.clone()
+
+
+def at_an_odd_address(x):
+    return torch.frombuffer(bytearray(1 + x.nbytes), dtype=x.dtype, offset=1).view(x.shape)
 
 
 def disagree(rank, different):
@@ -169,6 +214,37 @@ def by_rank(where, fn, num_ranks, *args):
     if where == "threads":
         return run_local(lambda group, *args: fn(group.rank(), *args), num_ranks, *args, timeout=30)
     return results(run_processes(fn, num_ranks, *args))
+
+
+def test_what_a_rank_tells_has_one_length_however_long_its_reason_is():
+    """Transports may count on it."""
+    for num_letters in (0, 1, *range(700, 760), 5000):
+        assert len(_pack(1, ringspan.ArgumentError("ü" * num_letters))) == MESSAGE_BYTES
+
+
+def test_ranks_in_different_functions_are_told_that_and_nothing_else():
+    """Everything else differs too, and means nothing."""
+
+    def work(group):
+        mine = (
+            (lambda: ringspan.ring_attention(*shards())) if group.rank() else lambda: ringspan.unshard(torch.ones(3), 0)
+        )
+        with pytest.raises(ringspan.DisagreementError, match="the function that is called") as caught:
+            mine()
+        return str(caught.value).count("the ranks disagree on")
+
+    assert run_local(work, 2, timeout=30) == [1, 1]
+
+
+def test_ranks_that_name_other_transports_are_told():
+    def work(group):
+        with pytest.raises(
+            ringspan.DisagreementError, match=r"disagree on transport\.\n  got  'auto' on rank 0; 'local' on"
+        ):
+            ringspan.ring_attention(*shards(), transport="local" if group.rank() else "auto")
+        return good_call()
+
+    assert run_local(work, 2, timeout=30) == [(1, 2, 8, 4)] * 2
 
 
 def test_a_check_that_fails_in_an_unforeseen_way_is_a_refusal_too(monkeypatch):
@@ -433,6 +509,16 @@ def test_what_a_backward_is_given_must_be_on_the_device_of_q():
         check_like("lse", torch.zeros(1, 2, 4, device="meta"), q, q.shape[:3], any_dtype=True)
 
 
+def test_without_an_agreement_a_refusal_waits_for_nobody():
+    def work(group):
+        if group.rank() == 1:  # the other makes no call at all
+            with pytest.raises(ringspan.ArgumentError, match="layout is unknown"):
+                ringspan.ring_attention(*shards(), layout="spiral", agreement=False)
+        return True
+
+    assert run_local(work, 2, timeout=10) == [True, True]
+
+
 def allocation_fails(rank):
     x = torch.ones(4, 3)
     ringspan.unshard(x, 0)
@@ -444,6 +530,20 @@ def allocation_fails(rank):
 def test_a_rank_that_has_no_room_to_unshard_is_named_to_the_others():
     first, second = run_processes(allocation_fails, 2, group_timeout_s=60, limit_s=30)
     assert "rank 1 failed first: MemoryError: no room for the whole" in str(first.error)
+    assert isinstance(second.error, MemoryError)
+
+
+def allocation_fails_in_the_backward(rank):
+    x = torch.ones(4, 3, requires_grad=True)
+    full = ringspan.unshard(x, 0)
+    if rank == 1:
+        ringspan.reshard.take = lambda *_: (_ for _ in ()).throw(MemoryError("no room for a slice"))
+    full.sum().backward()
+
+
+def test_a_rank_that_has_no_room_in_the_backward_of_unshard_is_named_to_the_others():
+    first, second = run_processes(allocation_fails_in_the_backward, 2, group_timeout_s=60, limit_s=30)
+    assert "rank 1 failed first: MemoryError: no room for a slice" in str(first.error)
     assert isinstance(second.error, MemoryError)
 
 

@@ -17,7 +17,7 @@ from whole import Case, check
 
 import ringspan
 from ringspan import call, execute
-from ringspan.agreement import Terms
+from ringspan.agreement import Terms, agree
 from ringspan.arguments import Options
 from ringspan.layout import from_lengths, split
 from ringspan.problem import Mask
@@ -389,6 +389,21 @@ def test_a_failure_elsewhere_ends_the_wait_for_an_agreement_on_the_accelerator(n
         return True
 
     assert ranks(world, work)[0]
+
+
+def test_ranks_that_made_other_numbers_of_calls_before_are_told(nccl):
+    """As where one of them called with agreement=False, alone. What NCCL gathers has no number of its own."""
+
+    def work(transport):
+        for _ in range(1 + transport.rank):
+            number = transport.begin_call()
+        with pytest.raises(
+            ringspan.DisagreementError, match=r"the number of the call\.\n  got  1 on rank 0; 2 on rank 1"
+        ):
+            agree(transport, number, Terms())
+        return True
+
+    assert ranks(fake_nccl.World(2), work) == [True, True]
 
 
 def test_the_first_transfer_is_one_of_all_ranks_even_where_nothing_was_agreed_on(nccl):
