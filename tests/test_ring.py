@@ -1,14 +1,16 @@
 """Rings of threads against float64 attention over the whole sequence: every layout, mask, and number of ranks."""
 
+import threading
+
 import hypothesis.strategies as st
 import pytest
 import torch
-from definition import OUT_BOUNDS, attention, bound_of_out, relative_error
+from definition import OUT_BOUNDS, attention, bound_of_lse, bound_of_out, relative_error
 from hypothesis import given
 from whole import Case, check, ring
 
 import ringspan
-from ringspan import run_local
+from ringspan import reshard, run_local
 from ringspan.observe import steps
 
 LAYOUTS = ("contiguous", "striped", "zigzag")
@@ -289,6 +291,69 @@ def test_ranks_that_differ_in_what_unshard_differentiates_are_told():
     run_local(work, 2, timeout=30)
 
 
+@pytest.mark.parametrize(
+    ("other", "dim", "layout", "words"),
+    [
+        (torch.zeros(4, 4), 0, "zigzag", "disagree on layout"),
+        (torch.zeros(4, 4), 1, "contiguous", "disagree on dim"),
+        (torch.zeros(4, 4).double(), 0, "contiguous", "disagree on dtype"),
+        (torch.zeros(4, 5), 0, "contiguous", "disagree on shape"),
+    ],
+)
+def test_ranks_that_unshard_what_does_not_belong_together_are_told(other, dim, layout, words):
+    def work(group):
+        x, place = (other, (dim, layout)) if group.rank() else (torch.zeros(4, 4), (0, "contiguous"))
+        with pytest.raises(ringspan.DisagreementError, match=words):
+            ringspan.unshard(x, place[0], layout=place[1])
+
+    run_local(work, 2, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"), [("spiral", "layout is unknown"), ("packed", "needs to know the documents")]
+)
+def test_a_layout_that_nobody_can_unshard_is_refused_and_all_can_go_on(layout, words):
+    def work(group):
+        x = torch.full((2,), float(group.rank()))
+        with pytest.raises(ringspan.ArgumentError, match=words):
+            ringspan.unshard(x, 0, layout=layout)
+        return ringspan.unshard(x, 0).tolist()
+
+    assert run_local(work, 2, timeout=30) == [[0, 0, 1, 1]] * 2
+
+
+def test_gradients_of_unshard_are_summed_in_float32():
+    """Each of the small ones alone is lost beside 1 in bfloat16; together they are its next number."""
+
+    def work(group):
+        x = torch.zeros(1, dtype=torch.bfloat16, requires_grad=True)
+        full = ringspan.unshard(x, 0)
+        full.backward(torch.full_like(full, 2**-9 if group.rank() else 1.0))
+        return x.grad
+
+    assert torch.cat(run_local(work, 5)).tolist() == [1 + 2**-7] * 5
+
+
+def test_a_shard_may_be_overwritten_as_soon_as_unshard_returns(monkeypatch):
+    put, overwritten = reshard._put, threading.Event()
+
+    def late(full, *args):
+        if threading.current_thread().name.endswith("-2"):
+            overwritten.wait(timeout=0.3)  # which must not happen while this rank reads
+        put(full, *args)
+
+    monkeypatch.setattr(reshard, "_put", late)
+
+    def work(group):
+        x = torch.full((2,), float(group.rank()))
+        full = ringspan.unshard(x, 0)
+        x.fill_(float("nan"))
+        overwritten.set()
+        return full.tolist()
+
+    assert run_local(work, 3) == [[0, 0, 1, 1, 2, 2]] * 3
+
+
 def test_a_second_derivative_of_unshard_is_refused():
     x = torch.ones(3, requires_grad=True)
     (grad,) = torch.autograd.grad(ringspan.unshard(x, 0).square().sum(), x, create_graph=True)
@@ -318,3 +383,19 @@ def test_few_queries_travel_to_the_keys_and_are_exact(dtype, holder):
     out = run_local(work, 4)[holder]
     assert relative_error(out, exact) <= bound_of_out(q, k, v, case.seen(), case.scale)
     assert {step.shard for step in seen if step.tiles} == {holder}, "every rank computes with the one query"
+
+
+def test_few_queries_whose_scores_are_all_far_below_0_are_exact():
+    """e to the power of them is 0 in float32: a state that begins on another rank must not begin at a score of 0."""
+    case = Case(2, 4, 2, keys=300)
+    q, k, v, *_ = case.tensors()
+    q[..., 0], k[..., 0] = 1, -300 / case.scale
+    exact, exact_lse = attention(q, k, v, case.seen(), case.scale)
+
+    def work(group):
+        mine = (ringspan.shard(x, 2) for x in (q, k, v))
+        return [ringspan.unshard(x, 2) for x in ringspan.ring_attention(*mine, return_lse=True)]
+
+    out, lse = run_local(work, 3)[0]
+    assert relative_error(out, exact) <= bound_of_out(q, k, v, case.seen(), case.scale)
+    assert (lse - exact_lse).abs().max() <= bound_of_lse(q, k, case.scale)

@@ -93,3 +93,18 @@ def test_a_worker_keeps_its_share_after_a_ring_of_its_own():
         assert run_local(work, 2) == [(2, 2)] * 2 and torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_call_leaves_anything_at_its_group():
+    def work(group):
+        q, k, v = (torch.randn(1, 2, 5, 4).requires_grad_() for _ in range(3))
+        one = torch.randn(1, 2, int(group.rank() == 0), 4)  # it travels
+        out = ringspan.ring_attention(q, k, v, causal=True, layout="zigzag")
+        ringspan.unshard(out, 2, layout="zigzag").square().sum().backward()
+        ringspan.ring_attention(one, k, v).sum().backward()
+        return group.transport._board
+
+    board, *_ = run_local(work, 4)
+    assert not board.agreements
+    for box in board.boxes:
+        assert not (box.parcels or box.num_readers or box.readers or box.read)
