@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from definition import relative_error
 from processes import results, run_processes
 from torch.utils.checkpoint import checkpoint
 
@@ -173,6 +174,15 @@ def test_under_autocast_attention_runs_in_its_dtype_and_accumulates_in_float32()
     assert torch.equal(out, ringspan.ring_attention(*rounded))
 
 
+def test_under_autocast_float64_stays_float64():
+    """As in torch's own attention, which autocast takes for asked for."""
+    q, k, v = (x.detach() for x in tensors(torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ringspan.ring_attention(q, k, v)
+        assert torch.nn.functional.scaled_dot_product_attention(q, q, q).dtype == torch.float64
+    assert torch.equal(out, ringspan.ring_attention(q, k, v))
+
+
 def test_the_gradient_of_lse_alone_is_right():
     q, k, v = tensors(torch.float64)
     _, lse = ringspan.ring_attention(q, k, v, return_lse=True)
@@ -181,6 +191,20 @@ def test_the_gradient_of_lse_alone_is_right():
     (leaf @ k.detach().repeat_interleave(2, 1).mT * 8**-0.5).logsumexp(-1).sum().backward()
     torch.testing.assert_close(q.grad, leaf.grad)
     assert not v.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_delta_is_made_in_float32_of_inputs_of_16_bits(dtype, monkeypatch):
+    """All of a row's gradients have its error in common, and subtract it from terms of its size."""
+    found = []
+    backward = call.execute.backward
+    monkeypatch.setattr(call.execute, "backward", lambda *args: (found.append(args[-1]), backward(*args))[1])
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in tensors())
+    out, lse = ringspan.ring_attention(q, k, v, return_lse=True)
+    do, dlse = torch.randn_like(out), torch.randn_like(lse)
+    torch.autograd.backward((out, lse), (do, dlse))
+    exact = (do.double() * out.detach().double()).sum(-1) - dlse
+    assert relative_error(found[0], exact) < 1e-6
 
 
 def test_only_what_requires_grad_gets_one():
@@ -199,6 +223,15 @@ def test_ranks_that_differ_in_what_requires_grad_are_told():
             ringspan.ring_attention(q, k, v)
 
     run_local(work, 2)
+
+
+def test_what_requires_grad_is_no_matter_where_nothing_is_differentiated():
+    def work(group):
+        q, k, v = (x.requires_grad_(group.rank() == 1) for x in (x.detach() for x in tensors()))
+        with torch.no_grad():
+            return ringspan.ring_attention(q, k, v).shape
+
+    assert run_local(work, 2) == [(1, 4, 24, 8)] * 2
 
 
 def test_modes_of_the_caller_hold_in_the_workers_and_torch_threads_are_restored():
@@ -242,6 +275,20 @@ def test_a_refusal_is_told_where_the_graph_is_differentiated_too():
     (first, told), (second, said) = results(run_processes(differentiated_and_refused, 2))
     assert (first, second) == ("PeerRefusedError", "ArgumentError")
     assert "layout is unknown" in said and said.splitlines()[0] in told
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_refusal_in_a_graph_is_told_though_nobody_uses_what_was_refused(backend):
+    q, k, v = (x.detach() for x in tensors())
+
+    def unused(q):
+        ringspan.ring_attention(q, k, v, layout="zigzg")
+        return q + 1
+
+    with pytest.raises(ringspan.ArgumentError, match="layout is unknown"):
+        torch.compile(unused, fullgraph=True, backend=backend)(q)
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap", "vmap of documents", "vmap of ranges"])

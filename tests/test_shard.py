@@ -21,9 +21,37 @@ def test_a_place_may_be_given_instead_of_a_group():
         ringspan.positions(10, rank=1)
     with pytest.raises(ringspan.ArgumentError, match="rank 3 of 3"):
         ringspan.shard(x, 0, rank=3, num_ranks=3)
-    with pytest.raises(ringspan.ArgumentTypeError, match="num_tokens must be an integer"):
-        ringspan.positions(2.5)
+    for no_integer in (2.5, True):
+        with pytest.raises(ringspan.ArgumentTypeError, match="num_tokens must be an integer"):
+            ringspan.positions(no_integer)
+    with pytest.raises(ringspan.ArgumentError, match="rank must be at least 0"):
+        ringspan.shard(x, 0, rank=-1, num_ranks=3)
+    with pytest.raises(ringspan.ArgumentError, match="a place is a group, or rank and num_ranks"):
+        run_local(lambda group: ringspan.shard(x, 0, group=group, rank=0, num_ranks=2), 2)
     assert ringspan.positions(np.int64(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "striped", "zigzag"])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_shard_is_a_copy_that_lies_in_one_piece(layout, num_ranks):
+    x = torch.arange(24.0).view(2, 6, 2)
+    for dim in (1, -2):
+        mine = ringspan.shard(x, dim, layout=layout, rank=0, num_ranks=num_ranks)
+        assert mine.is_contiguous() and mine.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+        assert torch.equal(mine, x[:, ringspan.positions(6, layout=layout, rank=0, num_ranks=num_ranks)])
+
+
+def test_a_dimension_may_be_counted_from_the_end():
+    x = torch.arange(24.0).view(2, 6, 2).requires_grad_()
+
+    def work(group):
+        full = ringspan.unshard(ringspan.shard(x, -2, layout="zigzag"), -2, layout="zigzag")
+        (grad,) = torch.autograd.grad(full.square().sum(), x)
+        return torch.equal(full, x), grad
+
+    found = run_local(work, 3)
+    assert all(same for same, _ in found)
+    assert torch.equal(sum(grad for _, grad in found), 3 * 2 * x)  # every rank's loss holds every token
 
 
 def test_positions_count_from_the_start_of_each_document():
@@ -33,6 +61,8 @@ def test_positions_count_from_the_start_of_each_document():
     assert torch.equal(
         found, ringspan.positions(10, layout="zigzag", rank=0, num_ranks=2, cu_seqlens=torch.tensor(documents))
     )
+    with pytest.raises(ringspan.ArgumentError, match="must begin with 0"):
+        ringspan.positions(11, cu_seqlens=[])
     with pytest.raises(ringspan.ArgumentError, match="it ends at 10, there are 11 tokens"):
         ringspan.positions(11, cu_seqlens=documents)
 

@@ -245,3 +245,20 @@ def test_queries_that_travel_to_the_keys_meet_their_sink_once():
 
     for found, expected in zip(run_local(work, 3)[0], alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_where_sinks_alone_require_grad_the_backward_of_a_rank_is_its_own_affair():
+    """No rank talks to another then, and so a rank that autograd refuses has nobody to tell of it."""
+
+    def work(group):
+        q, k, v, *_ = whole(8)
+        sinks = SINKS.clone().requires_grad_()
+        out = ringspan.ring_attention(q, k, v, sinks=sinks)
+        if group.rank() == 1:
+            q.zero_()
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                out.sum().backward()
+        # The next call of this rank is the next call of the others too.
+        return ringspan.ring_attention(*whole(8)[:3], sinks=SINKS).shape
+
+    assert run_local(work, 2, timeout=20) == [(2, HEADS, 8, HEAD_DIM)] * 2
