@@ -1,6 +1,8 @@
 """What a call takes beyond its inputs and outputs: two K/V shards, the float32 state, and one tile's scratch."""
 
 import os
+import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,6 +10,9 @@ from processes import results, run_processes
 
 import ringspan
 from ringspan.kernels.contract import SCRATCH_BYTES
+from ringspan.kernels.reference import Reference
+from ringspan.state import SoftmaxState
+from ringspan.transport.local import _LocalChannel
 
 MIB = 1 << 20
 # Page tables, thread stacks, allocator slack: what a warmed-up process still takes for nothing in particular.
@@ -71,3 +76,52 @@ def test_threads_hold_no_copies_of_keys_and_only_as_many_scratches_as_compute_at
     state = 4 * tokens * (128 + 2) * 4
     scratch = len(os.sched_getaffinity(0)) * SCRATCH_BYTES
     assert peak - out <= state + scratch + SLACK, f"{(peak - out) / MIB} MiB beyond inputs and outputs"
+
+
+@pytest.mark.parametrize("num_queries", [40, 4])  # 4 travel
+def test_threads_compute_in_every_pass_only_where_they_are_counted(num_queries, monkeypatch):
+    """Or more of them than there are cores would hold a scratch each."""
+    computing, counted = set(), []
+
+    @contextmanager
+    def entered(self, computing_of=_LocalChannel.computing):
+        with computing_of(self):
+            computing.add(self.rank)
+            yield
+            computing.discard(self.rank)
+
+    def watched(name):
+        inner = getattr(Reference, name)
+        return lambda self, *args: (counted.append((name, bool(computing))), inner(self, *args))[1]
+
+    monkeypatch.setattr(_LocalChannel, "computing", entered)
+    for name in ("absorb_runs", "absorb_gradient"):
+        monkeypatch.setattr(Reference, name, watched(name))
+
+    def work(group):
+        q = torch.randn(1, 2, num_queries, 8).requires_grad_()
+        k = torch.randn(1, 2, 40, 8)
+        ringspan.ring_attention(q, k, k, kernel="reference").sum().backward()
+
+    ringspan.run_local(work, 1)
+    assert set(counted) == {("absorb_runs", True), ("absorb_gradient", True)}
+
+
+def test_a_rank_that_others_still_read_has_let_go_of_its_state(monkeypatch):
+    states, alive = [], []
+    empty, close = SoftmaxState.empty, _LocalChannel.close
+
+    def noted(*args):
+        state = empty(*args)
+        states.extend(weakref.ref(x) for x in (state.acc, state.row_max, state.row_sum))
+        return state
+
+    def noting(self):
+        alive.extend(reference for reference in states if reference() is not None)
+        close(self)
+
+    monkeypatch.setattr(SoftmaxState, "empty", noted)
+    monkeypatch.setattr(_LocalChannel, "close", noting)
+    q = torch.randn(1, 2, 40, 8).bfloat16()  # float32 results would be the state's own memory
+    ringspan.run_local(lambda group: ringspan.ring_attention(q, q, q), 1)
+    assert len(states) == 3 and not alive
