@@ -231,6 +231,13 @@ def test_any_integers_are_taken_however_far_they_reach(dtype):
     assert not ringspan.ring_attention(q, k, v, key_ranges=ranges).any()
 
 
+@pytest.mark.parametrize("start", [20, 2**31, 2**32, 2**40])
+def test_ranges_that_begin_beyond_the_sequence_show_nothing(start):
+    """Tiles keep their intervals in 32 bits, of which none of the larger starts has any left."""
+    q, k, v, *_ = Case(20).tensors()
+    assert not ringspan.ring_attention(q, k, v, key_ranges=torch.tensor([[start, 2 * start]] * 20)).any()
+
+
 def test_ranges_of_no_tokens_are_legal():
     for batch, num_ranks in product((1, 2), (1, 3)):
         case = Case(0, batch=batch, options=dict(key_ranges=torch.empty(batch, 0, 2, dtype=torch.int64)))
