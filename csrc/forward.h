@@ -23,8 +23,8 @@ constexpr float kLeastSquares = 0x1p-100f;
 constexpr float kSlack = 8;
 // A score within this of a reference may stand for it.
 constexpr float kNear = 40;
-// So many blocks are added to acc; then it is set aside and begins anew. One sum of all would lose a digit over 30,000 equal
-// keys, and two over a million: it grows, and each addition rounds it.
+// So many blocks are added to acc; then it is set aside and begins anew, and so it does with every run. One sum of all would lose
+// a digit over 30,000 equal keys, and two over a million: it grows, and each addition rounds it.
 constexpr int kBlocksAtOnce = 64;
 
 static inline float base_two_scale(float scale) { return static_cast<float>(scale * 1.4426950408889634); }
@@ -39,7 +39,7 @@ struct Tile {
     bool started;                  // queries are packed
     bool started_rows[kRows];      // whose state is here: those that have seen anything of this call
     bool references_are_positive;  // of all rows that see anything of the run
-    bool has_aside;                // acc and sums of more than kBlocksAtOnce blocks: part of them is aside
+    bool has_aside;                // of acc and sums, what earlier runs and blocks made of them is aside
     int num_blocks;                // added to acc since
     float largest_query;           // squared length, times (scale log2(e))^2
     Span span;                     // of the run, as are lo and hi
@@ -169,17 +169,24 @@ static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r
 
 // Rounds a row's state as storing and loading it would. So runs give the same bits in one call and in several.
 static void settle_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
-    if (tile.reference[r] == 0 && !kRoundsWeights) {  // all is stored as it is, but for the sum
-        set_sums(tile, r, sum_of(load(sums_of(tile, r))));
-    } else {
-        store_row(call, b, tile, r);
-        load_row(call, b, tile, r);
+    if (tile.reference[r] == 0 && !kRoundsWeights) return;  // all is stored as it is
+    store_row(call, b, tile, r);
+    load_row(call, b, tile, r);
+}
+
+// Lanes of sums become their first, in place. A total that is added to many lanes, or has other lanes added to it, is rounded each time.
+static void add_lanes(Tile& tile) {
+    for (float* lanes = tile.sums; lanes < tile.sums + floats_of_sums(); lanes += kLanes) {
+        const float sum = sum_of(load(lanes));
+        store(lanes, all(0));
+        *lanes = sum;
     }
 }
 
 // Whole again, as it is stored.
 static void add_aside(const Sizes& sizes, Tile& tile) {
     tile.num_blocks = 0;
+    add_lanes(tile);
     if (!tile.has_aside) return;
     const int64_t count = floats_of_acc(sizes) + floats_of_sums();
     for (int64_t i = 0; i < count; i += kLanes) store(tile.acc + i, load(tile.acc + i) + load(tile.aside + i));
@@ -225,6 +232,7 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     if (!tile.started) start_tile(call, item, tile);
     add_aside(call.sizes(), tile);
     tile.references_are_positive = false;
+    bool holds_something = false;
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.lo[r] >= tile.hi[r]) {
             if (tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
@@ -233,7 +241,9 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
         } else {
             load_row(call, item.batch, tile, r);
         }
+        holds_something = holds_something || tile.reference[r] > -__builtin_inff();
     }
+    if (holds_something) set_aside(call.sizes(), tile);
 }
 
 // Packs the panels that hold the keys begin .. end: all keys of these panels.

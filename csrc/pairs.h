@@ -17,21 +17,22 @@ RINGSPAN_INLINE float bfloat16_at(const float* pair, int64_t which) {
     return x;
 }
 
-// Tokens of any strides and any number of dimensions, one by one: the pair of dimensions d of token t goes to
-// to[t * token_pitch + d * pair_pitch], in zeros.
-static float pack_one_by_one(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int64_t token_pitch, int64_t pair_pitch, float* to) {
-    const uint16_t* from = static_cast<const uint16_t*>(x.data) + x.offset + first * x.token_stride;
+// What pack_columns makes of pairs, of tokens of any strides and any number of dimensions.
+static float pack_columns_in_pairs(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int width, float* to) {
+    const Bfloat16* from = static_cast<const Bfloat16*>(x.data) + x.offset + first * x.token_stride;
     float largest = 0;
-    for (int64_t t = 0; t < num_tokens; ++t) {
-        float norm = 0;
-        for (int64_t d = 0; d < dim; ++d) {
-            const uint16_t bits = from[t * x.token_stride + d * x.dim_stride];
-            float* pair = to + t * token_pitch + d / 2 * pair_pitch;
-            memcpy(reinterpret_cast<uint16_t*>(pair) + d % 2, &bits, sizeof bits);
-            const float value = bfloat16_at(pair, d % 2);
-            norm += value * value;
+    for (int t = (width - 1) / kLanes * kLanes; t >= 0; t -= kLanes) {
+        Floats squares[2] = {};
+        for (int64_t d = 0; d < dim; d += kLanes) {
+            Floats square[kLanes];
+            read_square(square, from + t * x.token_stride + d * x.dim_stride, x.token_stride, x.dim_stride, num_tokens - t, dim - d, Order::by_dim);
+#pragma GCC unroll 8
+            for (int i = 0; i < kLanes; i += 2) {
+                for (int j = 0; j < 2; ++j) squares[j] = multiply_add(square[i + j], square[i + j], squares[j]);
+                if (d + i < dim) store(to + (d + i) / 2 * width + t, upper_halves((Bits)square[i], (Bits)square[i + 1]));
+            }
         }
-        if (!(norm < __builtin_inff())) largest = __builtin_inff();
+        const float norm = largest_or_inf(squares[0] + squares[1]);
         largest = norm > largest ? norm : largest;
     }
     return largest;

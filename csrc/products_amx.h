@@ -40,12 +40,31 @@ RINGSPAN_INLINE Split split(Floats x) {
     return {high, (Bits)(x - (Floats)high) + 0x8000};
 }
 
-static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
+// Of tokens of any strides and any number of dimensions.
+static float pack_left_one_by_one(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, float* to) {
     const int64_t width = operand_floats(dim, true);
-    if (!lie_in_pairs(x, dim)) {
-        memset(to, 0, kRows * width * sizeof(float));
-        return pack_one_by_one(x, first, num_tokens, dim, width, 1, to);
+    const uint16_t* from = static_cast<const uint16_t*>(x.data) + x.offset + first * x.token_stride;
+    memset(to, 0, kRows * width * sizeof(float));
+    float largest = 0;
+    for (int64_t t = 0; t < num_tokens; ++t, from += x.token_stride) {
+        float* row = to + t * width;
+        if (x.dim_stride == 1) {
+            memcpy(row, from, dim * sizeof *from);
+        } else {
+            for (int64_t d = 0; d < dim; ++d) memcpy(reinterpret_cast<char*>(row) + d * sizeof *from, from + d * x.dim_stride, sizeof *from);
+        }
+        Floats squares = {};
+        for (int64_t d = 0; d < width; d += kLanes) squares = add_square(static_cast<const Bfloat16Pair*>(nullptr), load(row + d), squares);
+        const float norm = sum_of(squares);
+        if (!(norm < __builtin_inff())) largest = __builtin_inff();
+        largest = norm > largest ? norm : largest;
     }
+    return largest;
+}
+
+static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
+    if (!lie_in_pairs(x, dim)) return pack_left_one_by_one(x, first, num_tokens, dim, to);
+    const int64_t width = operand_floats(dim, true);
     const Tokens pairs = as_pairs(x);
     const Bfloat16Pair* from = static_cast<const Bfloat16Pair*>(x.data) + pairs.offset + first * pairs.token_stride;
     Floats squares[kRows] = {};
@@ -70,11 +89,9 @@ static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64
 }
 
 static float pack_right(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
-    if (!lie_in_pairs(x, dim)) {
-        memset(to, 0, operand_floats(dim, true) * kPanel * sizeof(float));
-        return pack_one_by_one(x, first, num_tokens < kPanel ? num_tokens : kPanel, dim, 1, kPanel, to);
-    }
-    memset(to + dim / 2 * kPanel, 0, (operand_floats(dim, true) - dim / 2) * kPanel * sizeof(float));
+    const int64_t pairs = (dim + 1) / 2;
+    memset(to + pairs * kPanel, 0, (operand_floats(dim, true) - pairs) * kPanel * sizeof(float));
+    if (!lie_in_pairs(x, dim)) return pack_columns_in_pairs(x, first, num_tokens, dim, kPanel, to);
     return pack_columns(as_pairs(x), first, num_tokens, dim / 2, kPanel, to);
 }
 

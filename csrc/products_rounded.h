@@ -23,8 +23,7 @@ static inline int64_t operand_floats(int64_t dim, bool) { return (dim + 1) / 2; 
 
 static float pack_pairs(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int width, float* to) {
     if (lie_in_pairs(x, dim)) return pack_columns(as_pairs(x), first, num_tokens, dim / 2, width, to);
-    memset(to, 0, width * operand_floats(dim, true) * sizeof(float));
-    return pack_one_by_one(x, first, num_tokens < width ? num_tokens : width, dim, 1, width, to);
+    return pack_columns_in_pairs(x, first, num_tokens, dim, width, to);
 }
 
 static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {

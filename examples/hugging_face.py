@@ -9,9 +9,9 @@ the loss of its own tokens; its sum over ranks, and that of the gradients, are t
 computes too: each document by itself, with the model's own attention.
 """
 
+import argparse
 import copy
 import itertools
-import sys
 
 import torch
 import torch.distributed as dist
@@ -85,11 +85,14 @@ def loss_of(model, tokens, labels, positions, **masks):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=CONFIGS, nargs="?", default="gpt_oss")
+    chosen = parser.parse_args().model
     dist.init_process_group("gloo")
     AttentionInterface.register("ringspan", ring_attention)
     AttentionMaskInterface.register("ringspan", no_mask)
     torch.manual_seed(0)  # the same weights and the same text on every rank
-    model = AutoModelForCausalLM.from_config(CONFIGS[sys.argv[1] if len(sys.argv) > 1 else "gpt_oss"])
+    model = AutoModelForCausalLM.from_config(CONFIGS[chosen])
     text = torch.randint(256, (1, 1025))
     tokens, labels = text[:, :-1], text[:, 1:]  # shifted before they are spread: a neighbour may be elsewhere
     positions = torch.cat([torch.arange(stop - start) for start, stop in itertools.pairwise(DOCUMENTS)]).unsqueeze(0)

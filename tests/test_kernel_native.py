@@ -107,6 +107,22 @@ def test_a_long_sum_of_equal_weights_keeps_its_digits(kernel, dtype, score):
     assert abs(float(dv) / many - 1) <= 2.5e-6
 
 
+@every_way
+@pytest.mark.parametrize("score", [0.3, 5.0, 20.0])
+@pytest.mark.parametrize(("num_calls", "bound"), [(8, 2.5e-6), (64, 2.5e-6), (256, 4e-6)])
+def test_equal_weights_keep_their_digits_over_many_calls_too(kernel, dtype, score, num_calls, bound):
+    """As with the shards of a large ring: what a call brings is summed by itself, and added to the state once."""
+    keys = (1 << 16) // num_calls
+    one = torch.ones(1, 1, 3, 1, dtype=dtype)
+    k, v = (torch.full((1, 1, keys, 1), value, dtype=dtype) for value in (score, 0.7))
+    state = SoftmaxState.empty(one)
+    for _ in range(num_calls):
+        kernel.absorb(state, one, k, v, RowIntervals(3, keys, Band()), 1.0)
+    out, lse = state.finalize(torch.float32)
+    assert relative_error(out, v[:, :, :3]) <= bound
+    assert (lse - k[0, 0, 0, 0].double() - math.log(1 << 16)).abs().max() <= 2 * bound
+
+
 def test_tiny_queries_under_a_huge_scale_are_not_taken_for_zeros():
     q, k, v = torch.full((1, 1, 4, 2), 1e-23), torch.randn(1, 1, 64, 2), torch.randn(1, 1, 64, 2)
     tile = Tile(q, k, v, q, q[..., 0], RowIntervals(4, 64, Band()), 3e25)

@@ -276,9 +276,9 @@ def test_the_page_about_masks_runs():
     (code,) = re.findall(
         r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "masks.md").read_text(), re.DOTALL
     )
-    q, k, v = torch.randn(3, 1, 2, 1000, 16).unbind()
-    found: dict = dict(torch=torch, ringspan=ringspan, q=q, k=k, v=v)
+    found: dict = {}
     exec(code, found)
+    q, k, v = (found[name] for name in "qkv")
     document, place = found["document"], torch.arange(1000)
     seen = (place[:, None] >= place) & ((document[:, None] == document) | (place < 4))
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), seen)

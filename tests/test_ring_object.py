@@ -1,5 +1,6 @@
 """`ringspan.Ring`: the functions, with the place of the tokens said once."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -16,6 +17,11 @@ PLACES = [
     dict(layout="zigzag", cu_seqlens=DOCUMENTS),
     dict(layout="packed", cu_seqlens=torch.tensor(DOCUMENTS)),
 ]
+
+
+def test_a_copy_of_a_model_keeps_its_ring():
+    ring = run_local(lambda group: Ring("zigzag", group), 2)[0]
+    assert copy.deepcopy({"attention": ring})["attention"] is ring
 
 
 def whole() -> list[torch.Tensor]:

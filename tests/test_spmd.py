@@ -323,6 +323,10 @@ def test_sizes_that_the_contract_does_not_have_are_refused():
     x, wide = torch.zeros(1, 2, 0, 8), torch.zeros(1, 2, 4, 257)
     with pytest.raises(ringspan.ArgumentError, match="seqlen must be at least 1"):
         ring_attention_spmd_fwd(x, x, x, tp_q=True, tp_k=True)
+    with pytest.raises(ringspan.ArgumentError, match="seqlen must be at least 1"):
+        ring_attention_spmd_fwd(x.mT, x.mT, x)
+    with pytest.raises(ringspan.ArgumentError, match="seqlen must be at least 1"):
+        ring_attention_spmd_bwd(*[x.mT] * 5, torch.zeros(1, 2, 128, 0))
     with pytest.raises(ringspan.ArgumentError, match="d must be from 1 to 256"):
         ring_attention_spmd_fwd(wide, wide, wide, tp_q=True, tp_k=True)
     with pytest.raises(ringspan.ArgumentError, match="d must be from 1 to 256"):

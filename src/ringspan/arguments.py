@@ -53,6 +53,9 @@ def check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     named = {"q": q, "k": k, "v": v}
     for name, x in named.items():
         check_tensor(name, x)
+        if x.shape[1] < 1 or x.shape[3] < 1:
+            got = f"shape {_shape(x)}"
+            raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=got))
         if x.numel() and x.data_ptr() % x.element_size():
             raise ArgumentError(
                 explain(f"{name}'s elements must be aligned in memory.", got="a view at an odd address", fix=".clone()")
@@ -100,8 +103,6 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise ArgumentError(
             explain(f"{name} must have 4 dimensions [batch, heads, tokens, head_dim].", got=f"shape {_shape(x)}")
         )
-    if x.shape[1] < 1 or x.shape[3] < 1:
-        raise ArgumentError(explain(f"{name} must have at least one head and head_dim 1.", got=f"shape {_shape(x)}"))
 
 
 def check_local(name: str, x: Any) -> None:

@@ -158,8 +158,8 @@ class _Forwards:
         self._known[reference.cdata] = reference, number
 
     def number_of(self, lse: Tensor) -> int:
-        reference, number = self._known.get(lse.untyped_storage()._cdata, (None, 0))
-        return 0 if reference is None or reference.expired() else number
+        _, number = self._known.get(lse.untyped_storage()._cdata, (None, 0))
+        return number
 
 
 _forwards = _Forwards()

@@ -26,6 +26,9 @@ class Ring:
     group: Any = None
     cu_seqlens: Sequence[int] | Tensor | None = None
 
+    def __deepcopy__(self, memo: dict) -> Ring:
+        return self  # nothing of it changes, and a group has no copy
+
     def shard(self, x: Tensor, dim: int) -> Tensor:
         """This rank's shard of a full tensor, along dim."""
         return shard(x, dim, layout=self.layout, group=self.group, cu_seqlens=self.cu_seqlens)

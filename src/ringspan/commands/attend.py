@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from ringspan.commands.finish import finish
 from ringspan.commands.job import Job, Spent
 from ringspan.commands.memory import PeakMemory
 from ringspan.state import state_dtype
+from ringspan.transport.local import num_cores
 
 _PARTS = ("compute", "wait", "flight")
 
@@ -63,10 +63,6 @@ def run_as_rank(job: Job) -> Exit:
         out, lse = put_together(job, _received(job, out, lse))
         torch.set_num_threads(num_cores())  # the other workers are done
         return finish(job, wanted_positions(job), out, lse, every_spent, bars)
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # What each worker does.

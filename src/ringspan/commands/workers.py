@@ -24,6 +24,7 @@ from ringspan.commands.asked import Exit
 from ringspan.commands.job import Job, refuse_unwritable
 from ringspan.commands.report import complain
 from ringspan.errors import PeerRefusedError, RankFailedError, RingspanError, UnsupportedError
+from ringspan.transport.local import num_cores
 
 _HOST = "127.0.0.1"
 _STORY_CHARACTERS = 20_000
@@ -56,7 +57,7 @@ def run_under_torchrun(planned: Callable[[int], Job], timeout_s: float) -> NoRet
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     rank, size = dist.get_rank(), dist.get_world_size()
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # what torchrun sets where the user said nothing
-        torch.set_num_threads(max(1, attend.num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
+        torch.set_num_threads(max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
     try:
         job = _planned_alike(planned, rank, size)
         code = Exit.BAD_INPUT if job is None else attend.run_as_rank(job)
@@ -174,7 +175,7 @@ def _work(rank: int, job: Job, port: int, outbox: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it ends the workers
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody outside this machine is to be heard
-    torch.set_num_threads(max(1, attend.num_cores() // job.num_workers))
+    torch.set_num_threads(max(1, num_cores() // job.num_workers))
     try:
         store = dist.TCPStore(_HOST, port)
         timeout = timedelta(seconds=job.timeout_s)

@@ -214,21 +214,27 @@ class _ThreadShares:
     @contextmanager
     def shared_by(self, num_workers: int):
         in_worker = current_group() is not None
-        with self._lock:
-            self._depth += 1
-            if self._depth == 1:
-                self._before = torch.get_num_threads()
-                torch.set_num_threads(max(1, self._before // num_workers))
+        entered = False
         try:
+            with self._lock:
+                self._depth, entered = self._depth + 1, True
+                if self._depth == 1:
+                    self._before = torch.get_num_threads()
+                    torch.set_num_threads(max(1, self._before // num_workers))
             yield
         finally:
             with self._lock:
-                self._depth -= 1
+                self._depth -= entered
                 if not in_worker:
                     torch.set_num_threads(self._before)
 
 
 _thread_shares = _ThreadShares()
+
+
+def num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Board:
@@ -239,7 +245,7 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = _Permits(len(os.sched_getaffinity(0)))
+        self.permits = _Permits(num_cores())
         # Of workers on a GPU: threads that all launch would hand Python's lock to and fro with every operation.
         self.launching = _Permits(1)
         self.failure: tuple[int | None, BaseException] | None = None

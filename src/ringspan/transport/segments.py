@@ -101,7 +101,7 @@ def _reserved(size: int) -> Segment:
 def memory_left(root: Path = Path("/")) -> float:
     """Bytes that this process can still get: of the host, and of its containers (control groups)."""
     bounds = [math.inf]
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):  # an old or cut-down /proc has no MemAvailable
         fields = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         bounds.append(sum(int(fields[name].split()[0]) << 10 for name in ("MemAvailable", "SwapFree")))
     with contextlib.suppress(OSError):
