@@ -279,7 +279,9 @@ def test_rings_side_by_side_have_tensors_of_one_device_type():
     run_local(work, 4, timeout=30)
 
 
-def test_unshard_compares_device_types():
+def test_unshard_compares_device_types(monkeypatch):
+    monkeypatch.setattr("ringspan.api.check_holds_numbers", lambda **x: None)  # "meta" stands for another device
+
     def work(group):
         with pytest.raises(DisagreementError, match=r"disagree on device type(.|\n)*'cpu' on rank 0; 'meta' on rank 1"):
             ringspan.unshard(torch.zeros(4, device="meta" if group.rank() else "cpu"), 0, group=group)
