@@ -169,9 +169,16 @@ static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r
 
 // Rounds a row's state as storing and loading it would. So runs give the same bits in one call and in several.
 static void settle_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
-    if (tile.reference[r] == 0 && !kRoundsWeights) return;  // all is stored as it is
     store_row(call, b, tile, r);
     load_row(call, b, tile, r);
+}
+
+// Whether the rows that see something are all here, and would be stored as they are.
+static bool are_settled(const Tile& tile) {
+    for (int r = 0; r < tile.rows; ++r) {
+        if (tile.lo[r] < tile.hi[r] && (!tile.started_rows[r] || tile.reference[r] != 0)) return false;
+    }
+    return !kRoundsWeights;
 }
 
 // Lanes of sums become their first, in place. A total that is added to many lanes, or has other lanes added to it, is rounded each time.
@@ -195,10 +202,12 @@ static void add_aside(const Sizes& sizes, Tile& tile) {
 
 static void set_aside(const Sizes& sizes, Tile& tile) {
     const int64_t count = floats_of_acc(sizes) + floats_of_sums();
-    add_aside(sizes, tile);
-    memcpy(tile.aside, tile.acc, count * sizeof(float));
-    memset(tile.acc, 0, count * sizeof(float));
-    tile.has_aside = true;
+    add_lanes(tile);
+    for (int64_t i = 0; i < count; i += kLanes) {
+        store(tile.aside + i, tile.has_aside ? load(tile.acc + i) + load(tile.aside + i) : load(tile.acc + i));
+        store(tile.acc + i, all(0));
+    }
+    tile.has_aside = true, tile.num_blocks = 0;
 }
 
 static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
@@ -230,16 +239,18 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     tile.span = span_of(tile.lo, tile.hi, kRows);
     if (tile.span.empty()) return;
     if (!tile.started) start_tile(call, item, tile);
-    add_aside(call.sizes(), tile);
+    const bool settled = are_settled(tile);
+    if (!settled) add_aside(call.sizes(), tile);
+    tile.num_blocks = 0;
     tile.references_are_positive = false;
     bool holds_something = false;
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.lo[r] >= tile.hi[r]) {
             if (tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
-        } else if (tile.started_rows[r]) {
-            settle_row(call, item.batch, tile, r);
-        } else {
+        } else if (!tile.started_rows[r]) {
             load_row(call, item.batch, tile, r);
+        } else if (!settled) {
+            settle_row(call, item.batch, tile, r);
         }
         holds_something = holds_something || tile.reference[r] > -__builtin_inff();
     }
