@@ -88,14 +88,18 @@ def chart(records: Sequence[Record], file: Path) -> None:
     num_rows = -(-len(cells) // columns)
     size = (1.5 + 4.2 * columns, 0.6 + 3.4 * num_rows)
     figure, panels = plt.subplots(num_rows, columns, figsize=size, squeeze=False, sharey=True)
-    names = list(dict.fromkeys(x.name for record in cells for x in record.outcomes if x.name != BASELINE.name))
+    found = {x.name: bool(x.bridge) for record in cells for x in record.outcomes if x.name != BASELINE.name}
+    names = sorted(found, key=lambda name: OURS.index(name) if name in OURS else len(OURS))
     for panel in panels.flat[len(cells) :]:
         panel.set_visible(False)
     for panel, record in zip(panels.flat, cells, strict=False):
         _panel(panel, record, names)
+    panels[0][0].set_yticks(range(len(names)), [name + " *" * found[name] for name in names], fontsize=8)
     panels[0][0].invert_yaxis()
     figure.suptitle(
-        "Speed against torch's attention\nin one process with all cores\n(hatched: wrong result)", fontsize=10
+        "Speed against torch's attention in one process with all cores\n"
+        "(hatched: wrong result; *: torch's CPU kernel in the place of a GPU's, or the like)",
+        fontsize=10,
     )
     figure.tight_layout()
     figure.savefig(file, dpi=90)
@@ -116,10 +120,12 @@ def _panel(panel, record: Record, names: list[str]) -> None:
         color = "#d1495b" if outcome.name in OURS else "#8d99ae"
         panel.barh(place, middle, color=color, hatch="///" if outcome.wrong else None, edgecolor="white")
         panel.plot([low, high], [place, place], color="black", linewidth=1)
-        panel.text(high, place, f" {middle:.2f}", va="center", fontsize=7)
+        background = dict(facecolor="white", edgecolor="none", pad=0.5)
+        panel.annotate(
+            f"{middle:.2f}", (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7, bbox=background
+        )
     panel.margins(x=0.12)
     panel.axvline(1, color="black", linewidth=0.8)
-    panel.set_yticks(range(len(names)), names, fontsize=8)
     problem = record.problem
     mask, passes = "causal" if problem.causal else "full", "fwd + bwd" if problem.backward else "fwd"
     title = f"{problem.tokens} x {problem.heads} x {problem.head_dim}, {problem.dtype}, {mask}\n{passes}"
