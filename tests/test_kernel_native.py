@@ -13,7 +13,7 @@ from kernel_behaviour import KernelBehaviour, Tile, backward, forward, make_tile
 import ringspan
 from ringspan import _native
 from ringspan.kernels.native import Native, NativeRounded
-from ringspan.kernels.table import choose
+from ringspan.kernels.table import UNROUNDED, choose
 from ringspan.state import SoftmaxState
 from ringspan.tile import Band, RowIntervals
 
@@ -189,6 +189,17 @@ def test_auto_rounds_the_weights_of_bfloat16_where_that_is_faster():
     gains = _native.info()["rounds_weights"]
     chosen = [choose("auto", dtype, torch.device("cpu"), 64).name for dtype in (torch.bfloat16, torch.float16)]
     assert chosen == ["native_rounded" if gains else "native", "native"]
+
+
+def test_the_spmd_entries_keep_float32_weights_for_the_bound_of_their_contract():
+    assert choose(UNROUNDED, torch.bfloat16, torch.device("cpu"), 64).name == "native"
+    q = torch.randn(1, 2, 16, 40).bfloat16()  # few rows: rounded weights would be beyond it now and then
+    for _ in range(20):
+        k, v = torch.randn(2, 1, 2, 40, 16).bfloat16()
+        out = ringspan.ring_attention_spmd_fwd(q, k.mT, v)
+        seen = torch.ones(40, 40, dtype=torch.bool)
+        exact, _ = attention(q.mT, k, v, seen, 0.25)
+        assert relative_error(out, exact) <= 2.5e-3
 
 
 def test_where_it_is_required_a_missing_module_is_a_failure():

@@ -21,6 +21,7 @@ from ringspan.arguments import Options, check_alike, check_tensor, check_tensors
 from ringspan.arrays import Array
 from ringspan.call import Membership
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.kernels.table import UNROUNDED
 from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
 from ringspan.transport.contract import Transport
@@ -276,7 +277,7 @@ def _options(scale: float | None, causal: bool, striped: bool, striped_name: str
         cu_seqlens=None,
         layout="striped" if striped else "contiguous",
         softmax_scale=scale,
-        kernel="auto",
+        kernel=UNROUNDED,
         agreement=True,
         gradients="",
     )
