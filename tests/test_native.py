@@ -721,32 +721,23 @@ def test_torch_and_the_kernel_use_the_same_threads_in_turn():
         assert all(torch.equal(x, y) for x, y in zip(tile.forward(num_threads=2), mine, strict=True))
 
 
+def with_an_unknown_instruction_set(code):
+    environment = os.environ | {"RINGSPAN_ISA": "mmx"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
 def test_an_unknown_instruction_set_is_an_error():
-    code = "from ringspan import _native; _native.info()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"RINGSPAN_ISA": "mmx"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = with_an_unknown_instruction_set("from ringspan import _native; _native.info()")
     assert done.returncode == 1
     assert "RINGSPAN_ISA must name an instruction set" in done.stderr
     assert "got 'mmx'" in done.stderr
 
 
 def test_an_unknown_instruction_set_is_refused_before_a_call_begins():
-    code = (
+    done = with_an_unknown_instruction_set(
         "import ringspan, torch; q = torch.randn(1, 2, 8, 16)\n"
         "try: ringspan.run_local(lambda group: ringspan.ring_attention(q, q, q), 2)\n"
         "except ringspan.ArgumentError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"RINGSPAN_ISA": "mmx"},
-        capture_output=True,
-        text=True,
-        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "RINGSPAN_ISA must name an instruction set" in done.stdout

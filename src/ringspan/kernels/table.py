@@ -15,8 +15,8 @@ from ringspan.kernels.triton_kernel import Triton
 TRITON = Triton()
 ROUNDED = NativeRounded()
 KERNELS: tuple[Kernel, ...] = (ROUNDED, Native(), TRITON, TorchOps(), Reference())
-# As "auto", but weights are not rounded where they need not be: for the SPMD entries, whose contract allows
-# an error of 2.5e-3: rounded weights make 2.2e-3 to 2.4e-3 of a whole tensor, and on a few rows more.
+# As "auto", without weights that are rounded where they need not be: for the SPMD entries. Their contract allows an
+# error of 2.5e-3, and with rounded weights a few rows may be beyond it.
 UNROUNDED = "auto, not rounded"
 # Asked first by "auto" where one tile is all that the call's rows see; merging what it returns would not be exact.
 FOR_AN_ONLY_TILE: tuple[Kernel, ...] = (TorchCuda(TRITON),)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +135,8 @@ class Transport(ABC):
         self._pid = os.getpid()
         self._in_call = threading.Lock()
 
-    def one_call(self) -> AbstractContextManager:
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
         """Around a call: refuses what would mix with others', and what no exchange of the ranks would notice."""
         if os.getpid() != self._pid:  # nobody is told: the others know only the parent
             raise UnsupportedError(
@@ -145,7 +146,7 @@ class Transport(ABC):
                     fix="call in the parent, or make a group in the child",
                 )
             )
-        if self._in_call.locked():
+        if not self._in_call.acquire(blocking=False):
             error = UnsupportedError(
                 explain(
                     "a call began on a group while another was under way: ranks may take the two in another order.",
@@ -155,7 +156,10 @@ class Transport(ABC):
             )
             self.fail(error)
             raise error
-        return self._in_call
+        try:
+            yield
+        finally:
+            self._in_call.release()
 
     @abstractmethod
     def begin_call(self) -> int:
