@@ -148,9 +148,10 @@ static void multiply_queries(const GradientCall& call, const KeyTile& tile, cons
     const bool pairs = call.bfloat16_pairs;
     const float* queries = block.query_columns + panel * kPanel * operand_floats(dim, pairs);
     const float* douts = block.dout_columns + panel * kPanel * operand_floats(value_dim, pairs);
+    Fetch fetch;
     with_rows(tile.rows, [&]<int kR>() {
-        multiply_panel<kR>(tile.keys, queries, dim, pairs, kPanel, scores);
-        multiply_panel<kR>(tile.values, douts, value_dim, pairs, kPanel, dp);
+        multiply_panel<kR>(tile.keys, queries, dim, pairs, kPanel, scores, fetch);
+        multiply_panel<kR>(tile.values, douts, value_dim, pairs, kPanel, dp, fetch);
     });
 }
 
@@ -218,9 +219,10 @@ static void add_to_keys(GradientScratch& scratch, int number, int first, int las
     }
     const int dim_panels = round_up(sizes.dim, kPanel) / kPanel, value_panels = round_up(sizes.value_dim, kPanel) / kPanel;
     constexpr int kPitch = kQueryBlock * kTokenFloats;
+    Fetch fetch;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels);
-        add_weighted<kR>(tile.dk, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels);
+        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels, fetch);
+        add_weighted<kR>(tile.dk, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels, fetch);
     });
 }
 

@@ -273,9 +273,8 @@ static void multiply_block(const AbsorbCall& call, const Tile& tile, const KeyBl
     const int64_t dim = call.sizes().dim, pitch = kPanel * operand_floats(dim, call.bfloat16_pairs);
     with_rows(tile.rows, [&]<int kR>() {
         for (int p = first; p < last; ++p) {
-            fetch_some(fetch);
             const int seen = p + 1 < last ? kPanel : last_tokens;
-            multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, seen, weights + p * kRows * kPanel);
+            multiply_panel<kR>(tile.queries, block.keys + p * pitch, dim, call.bfloat16_pairs, seen, weights + p * kRows * kPanel, fetch);
         }
     });
 }
@@ -460,11 +459,11 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     compute_weights<false>(tile, scale, next, last, finished, sums, weights);
     with_rows(tile.rows, [&]<int kR>() {
         add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
-                         round_up(value_dim, kPanel) / kPanel);
+                         round_up(value_dim, kPanel) / kPanel, fetch);
     });
 }
 
-static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int num_times) {
+static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int64_t num_times) {
     const int64_t last = end - begin < kKeyBlock ? end : begin + kKeyBlock;
     const Tokens k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
     return fetch_of(k, v, run.sizes.dim, run.sizes.value_dim, begin, last, num_times);
@@ -483,18 +482,18 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
     for (block.begin = begin / kKeyBlock * kKeyBlock; block.begin < end; block.begin += kKeyBlock) {
         block.end = end - block.begin < kKeyBlock ? end : block.begin + kKeyBlock;
         int32_t first = INT32_MAX, last = 0;  // what the tiles see of the block
-        int num_panels = 0;
+        int64_t num_times = 0;
         for (int i = 0; i < num_tiles; ++i) {
             const SeenKeys seen = seen_of(block, scratch.tiles[i]);
             if (seen.first == seen.last) continue;
             first = seen.begin < first ? seen.begin : first;
             last = seen.end > last ? seen.end : last;
-            num_panels += seen.last - seen.first;
+            num_times += (seen.last - seen.first) * fetches_of_panel(run.sizes.dim, run.sizes.value_dim, call.bfloat16_pairs);
         }
-        if (num_panels == 0) continue;
+        if (num_times == 0) continue;
         pack_block(run, item, call.bfloat16_pairs, first, last, block);
-        scratch.fetch = block.end < end ? fetch_block(run, item, block.end, end, num_panels)
-                        : next          ? fetch_block(*next, item, 0, next->sizes.keys, num_panels)
+        scratch.fetch = block.end < end ? fetch_block(run, item, block.end, end, num_times)
+                        : next          ? fetch_block(*next, item, 0, next->sizes.keys, num_times)
                                         : Fetch{};
         for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights, scratch.fetch);
     }

@@ -62,6 +62,8 @@ static float pack_left_one_by_one(const Tokens& x, int64_t first, int64_t num_to
     return largest;
 }
 
+static inline int64_t fetches_of_panel(int64_t, int64_t, bool) { return 1; }
+
 static float pack_left(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, bool, float* to) {
     if (!lie_in_pairs(x, dim)) return pack_left_one_by_one(x, first, num_tokens, dim, to);
     const int64_t width = operand_floats(dim, true);
@@ -133,7 +135,8 @@ RINGSPAN_INLINE void store_result(float* out) {
 }
 
 template <int kR>
-RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, int, float* out) {
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, int, float* out, Fetch& fetch) {
+    fetch_some(fetch);
     const int64_t width = operand_floats(dim, true);
     zero_result<kR>();
     for (int64_t d = 0; d < width; d += kSide) {
@@ -223,7 +226,7 @@ RINGSPAN_INLINE void add_part(float* to, const float* result, int size, int part
 
 template <int kR>
 static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last, int,
-                         int dim_panels) {
+                         int dim_panels, Fetch&) {
     // A result is added a part at a time while the tiles compute the next: all at once would keep them waiting.
     constexpr int kSize = kR * kPanel;
     alignas(64) float results[2][kSize];

@@ -18,6 +18,11 @@ constexpr int kTokenFloats = kPanel;  // of a token in one panel of a weighted o
 
 struct ProductUnit {};  // nothing to set up
 
+// Calls of fetch_some while a panel of keys is multiplied and its values are added.
+static inline int64_t fetches_of_panel(int64_t dim, int64_t value_dim, bool pairs) {
+    return ((pairs ? dim / 2 : dim) + kPanel - 1) / kPanel + (value_dim + kPanel - 1) / kPanel;
+}
+
 // Floats of an operand for each row or column.
 static inline int64_t operand_floats(int64_t dim, bool pairs) { return pairs ? dim / 2 : dim; }
 
@@ -40,23 +45,28 @@ RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t t
 }
 
 template <int kR, int kWidth>
-RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, bool pairs, float* out) {
+RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, bool pairs, float* out, Fetch& fetch) {
     Floats acc[kR][kWidth] = {};
-    if (kHasPairs && pairs) {
-        multiply<kR, 1, kRows, kHasPairs>(acc, left, right, dim / 2);
-    } else {
-        multiply<kR, 1, kRows>(acc, left, right, dim);
+    const int64_t num_steps = operand_floats(dim, kHasPairs && pairs);
+    for (int64_t n = 0; n < num_steps; n += kPanel) {
+        const int64_t steps = num_steps - n < kPanel ? num_steps - n : kPanel;
+        if (kHasPairs && pairs) {
+            multiply<kR, 1, kRows, kHasPairs>(acc, left + n * kRows, right + n * kPanel, steps);
+        } else {
+            multiply<kR, 1, kRows>(acc, left + n * kRows, right + n * kPanel, steps);
+        }
+        fetch_some(fetch);
     }
     store_block(out, acc);
 }
 
 // out[row][column] = left . right, for the first `columns` at least.
 template <int kR>
-RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool pairs, int columns, float* out) {
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool pairs, int columns, float* out, Fetch& fetch) {
     if (columns > kLanes) {
-        multiply_registers<kR, kVectors>(left, right, dim, pairs, out);
+        multiply_registers<kR, kVectors>(left, right, dim, pairs, out, fetch);
     } else {
-        multiply_registers<kR, 1>(left, right, dim, pairs, out);
+        multiply_registers<kR, 1>(left, right, dim, pairs, out, fetch);
     }
 }
 
@@ -91,13 +101,15 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float*, const Floats (
 // The products are added up from 0 and then to `out`: one long sum would lose a digit over some thousand tokens.
 template <int kR>
 static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
-                         int last_tokens, int dim_panels) {
+                         int last_tokens, int dim_panels, Fetch& fetch) {
     const int whole = last_tokens < kPanel ? last - 1 : last;
     for (int d = 0; d < dim_panels; ++d) {
         Floats acc[kR][kVectors] = {};
         const float* panels = values + d * value_pitch;
-        for (int p = first; p < whole; ++p) multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, panels + p * kPanel * kPanel, kPanel);
-        if (whole < last) multiply<kR, kPanel, 1>(acc, weights + whole * weight_pitch, panels + whole * kPanel * kPanel, last_tokens);
+        for (int p = first; p < last; ++p) {
+            multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, panels + p * kPanel * kPanel, p < whole ? kPanel : last_tokens);
+            fetch_some(fetch);
+        }
         add_block(out + d * kRows * kPanel, acc);
     }
 }

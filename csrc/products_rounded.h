@@ -21,6 +21,10 @@ struct ProductUnit {};  // nothing to set up
 
 static inline int64_t operand_floats(int64_t dim, bool) { return (dim + 1) / 2; }
 
+static inline int64_t fetches_of_panel(int64_t dim, int64_t value_dim, bool) {
+    return (operand_floats(dim, true) + kPanel - 1) / kPanel + (value_dim + kPanel - 1) / kPanel;
+}
+
 static float pack_pairs(const Tokens& x, int64_t first, int64_t num_tokens, int64_t dim, int width, float* to) {
     if (lie_in_pairs(x, dim)) return pack_columns(as_pairs(x), first, num_tokens, dim / 2, width, to);
     return pack_columns_in_pairs(x, first, num_tokens, dim, width, to);
@@ -43,18 +47,22 @@ RINGSPAN_INLINE float weighted_at(const float* operand, int64_t pitch, int64_t t
 }
 
 template <int kR, int kWidth>
-RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, float* out) {
+RINGSPAN_INLINE void multiply_registers(const float* left, const float* right, int64_t dim, float* out, Fetch& fetch) {
     Floats acc[kR][kWidth] = {};
-    multiply<kR, 1, kRows, true>(acc, left, right, operand_floats(dim, true));
+    const int64_t num_steps = operand_floats(dim, true);
+    for (int64_t n = 0; n < num_steps; n += kPanel) {
+        multiply<kR, 1, kRows, true>(acc, left + n * kRows, right + n * kPanel, num_steps - n < kPanel ? num_steps - n : kPanel);
+        fetch_some(fetch);
+    }
     store_block(out, acc);
 }
 
 template <int kR>
-RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, int columns, float* out) {
+RINGSPAN_INLINE void multiply_panel(const float* left, const float* right, int64_t dim, bool, int columns, float* out, Fetch& fetch) {
     if (columns > kLanes) {
-        multiply_registers<kR, kVectors>(left, right, dim, out);
+        multiply_registers<kR, kVectors>(left, right, dim, out, fetch);
     } else {
-        multiply_registers<kR, 1>(left, right, dim, out);
+        multiply_registers<kR, 1>(left, right, dim, out, fetch);
     }
 }
 
@@ -91,7 +99,7 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float* ds_weights, con
 
 template <int kR>
 static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
-                         int last_tokens, int dim_panels) {
+                         int last_tokens, int dim_panels, Fetch& fetch) {
     const int whole = last_tokens < kPanel ? last - 1 : last;
     for (int d = 0; d < dim_panels; ++d) {
         Floats acc[kR][kVectors] = {};
@@ -99,6 +107,7 @@ static void add_weighted(float* out, const float* weights, int64_t weight_pitch,
         for (int p = first; p < last; ++p) {
             const int pairs = p < whole ? kPanel / 2 : (last_tokens + 1) / 2;
             multiply<kR, kPanel, 1, true>(acc, weights + p * weight_pitch, panels + p * kPanel * kTokenFloats, pairs);
+            fetch_some(fetch);
         }
         add_block(out + d * kRows * kPanel, acc);
     }
