@@ -221,8 +221,8 @@ static void add_to_keys(GradientScratch& scratch, int number, int first, int las
     constexpr int kPitch = kQueryBlock * kTokenFloats;
     Fetch fetch;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.dv, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels, fetch);
-        add_weighted<kR>(tile.dk, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels, fetch);
+        add_weighted<kR>(tile.dv, nullptr, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels, fetch);
+        add_weighted<kR>(tile.dk, nullptr, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels, fetch);
     });
 }
 

@@ -40,6 +40,7 @@ struct Tile {
     bool started_rows[kRows];      // whose state is here: those that have seen anything of this call
     bool references_are_positive;  // of all rows that see anything of the run
     bool has_aside;                // of acc and sums, what earlier runs and blocks made of them is aside
+    bool is_all_aside;             // acc and sums are 0
     int num_blocks;                // added to acc since
     float largest_query;           // squared length, times (scale log2(e))^2
     Span span;                     // of the run, as are lo and hi
@@ -146,6 +147,7 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
         }
     }
     tile.started_rows[r] = true;
+    tile.is_all_aside = false;
 }
 
 static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r) {
@@ -197,17 +199,19 @@ static void add_aside(const Sizes& sizes, Tile& tile) {
     if (!tile.has_aside) return;
     const int64_t count = floats_of_acc(sizes) + floats_of_sums();
     for (int64_t i = 0; i < count; i += kLanes) store(tile.acc + i, load(tile.acc + i) + load(tile.aside + i));
-    tile.has_aside = false;
+    tile.has_aside = tile.is_all_aside = false;
 }
 
-static void set_aside(const Sizes& sizes, Tile& tile) {
+// first: of the floats of acc and sums, the first that is not yet aside.
+static void set_aside(const Sizes& sizes, Tile& tile, int64_t first = 0) {
+    if (tile.is_all_aside) return;
     const int64_t count = floats_of_acc(sizes) + floats_of_sums();
     add_lanes(tile);
-    for (int64_t i = 0; i < count; i += kLanes) {
+    for (int64_t i = first; i < count; i += kLanes) {
         store(tile.aside + i, tile.has_aside ? load(tile.acc + i) + load(tile.aside + i) : load(tile.acc + i));
         store(tile.acc + i, all(0));
     }
-    tile.has_aside = true, tile.num_blocks = 0;
+    tile.has_aside = tile.is_all_aside = true, tile.num_blocks = 0;
 }
 
 static void place_tile(const AbsorbCall& call, const AbsorbItem& item, int64_t number, Tile& tile) {
@@ -228,7 +232,7 @@ static void start_tile(const AbsorbCall& call, const AbsorbItem& item, Tile& til
     tile.largest_query = at_least(largest_query, kLeastSquares) * scale * scale;
     // Rows that see nothing are computed with the others and never stored.
     memset(tile.acc, 0, (floats_of_acc(sizes) + floats_of_sums()) * sizeof(float));
-    tile.has_aside = false, tile.num_blocks = 0;
+    tile.has_aside = tile.is_all_aside = false, tile.num_blocks = 0;
     for (int r = 0; r < kRows; ++r) tile.reference[r] = tile.top[r] = -__builtin_inff(), tile.start[r] = tile.top_above[r] = 0;
     tile.started = true;
 }
@@ -241,7 +245,6 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     if (!tile.started) start_tile(call, item, tile);
     const bool settled = are_settled(tile);
     if (!settled) add_aside(call.sizes(), tile);
-    tile.num_blocks = 0;
     tile.references_are_positive = false;
     bool holds_something = false;
     for (int r = 0; r < tile.rows; ++r) {
@@ -255,6 +258,7 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
         holds_something = holds_something || tile.reference[r] > -__builtin_inff();
     }
     if (holds_something) set_aside(call.sizes(), tile);
+    tile.num_blocks = 0;
 }
 
 // Packs the panels that hold the keys begin .. end: all keys of these panels.
@@ -425,6 +429,7 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
 
     if (tile.num_blocks == kBlocksAtOnce) set_aside(call.sizes(), tile);
     ++tile.num_blocks;
+    tile.is_all_aside = false;
     float largest_key = kLeastSquares, most_squares = 0;
     for (int p = first; p < last; ++p) {
         largest_key = at_least(block.largest_key[p], largest_key);
@@ -457,10 +462,13 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
         return add_visible_values(tile, block, value_dim, weights);
     }
     compute_weights<false>(tile, scale, next, last, finished, sums, weights);
+    // The run's last block spares set_aside another way through acc.
+    float* const aside = tile.has_aside && block.end >= tile.span.end ? tile.aside : nullptr;
     with_rows(tile.rows, [&]<int kR>() {
-        add_weighted<kR>(tile.acc, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
+        add_weighted<kR>(tile.acc, aside, weights, kRows * kPanel, block.values, kKeyBlock * kTokenFloats, first, last, last_tokens,
                          round_up(value_dim, kPanel) / kPanel, fetch);
     });
+    if (aside) set_aside(call.sizes(), tile, floats_of_acc(call.sizes()));
 }
 
 static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int64_t num_times) {

@@ -218,14 +218,18 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float* ds_weights, con
     }
 }
 
-// Part `part` of num_parts of a result.
-RINGSPAN_INLINE void add_part(float* to, const float* result, int size, int part, int num_parts) {
+// Part `part` of num_parts of a result: to += it, or sum += to + it and to = 0.
+RINGSPAN_INLINE void add_part(float* to, float* sum, const float* result, int size, int part, int num_parts) {
     const int end = size * (part + 1) / num_parts / kLanes * kLanes;
-    for (int i = size * part / num_parts / kLanes * kLanes; i < end; i += kLanes) store(to + i, load(to + i) + load(result + i));
+    for (int i = size * part / num_parts / kLanes * kLanes; i < end; i += kLanes) {
+        const Floats added = load(to + i) + load(result + i);
+        if (sum) store(sum + i, added + load(sum + i));
+        store(to + i, sum ? all(0) : added);
+    }
 }
 
 template <int kR>
-static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last, int,
+static void add_weighted(float* out, float* sum, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last, int,
                          int dim_panels, Fetch&) {
     // A result is added a part at a time while the tiles compute the next: all at once would keep them waiting.
     constexpr int kSize = kR * kPanel;
@@ -237,12 +241,13 @@ static void add_weighted(float* out, const float* weights, int64_t weight_pitch,
             load_right(values + d * value_pitch + p * kPanel * kTokenFloats, kPanel);
             add_left<kR>(weights + p * weight_pitch, kPanel);
             if (!kRoundsWeights) add_left<kR>(weights + p * weight_pitch + kSide, kPanel);
-            if (to) add_part(to, results[(d - 1) % 2], kSize, p - first, last - first);
+            if (to) add_part(to, sum, results[(d - 1) % 2], kSize, p - first, last - first);
         }
         store_result<kR>(results[d % 2]);
+        if (to && sum) sum += kRows * kPanel;
         to = out + d * kRows * kPanel;
     }
-    add_part(to, results[(dim_panels - 1) % 2], kSize, 0, 1);
+    add_part(to, sum, results[(dim_panels - 1) % 2], kSize, 0, 1);
 }
 
 // Keys as a left operand whose rows are dimensions: [dimension panel][kPanel keys][kPanel dimensions][pair of keys]

@@ -98,9 +98,10 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float*, const Floats (
 // out[dimension panel][row][:] += sum over tokens of weights[token panel][row][token] * values[dimension panel][token][:]
 // for the token panels first .. last; of the last panel, the first last_tokens tokens. weights has weight_pitch floats a token
 // panel, values value_pitch a dimension panel.
+// sum: not null if out is to be added to it then, and to be 0.
 // The products are added up from 0 and then to `out`: one long sum would lose a digit over some thousand tokens.
 template <int kR>
-static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
+static void add_weighted(float* out, float* sum, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
                          int last_tokens, int dim_panels, Fetch& fetch) {
     const int whole = last_tokens < kPanel ? last - 1 : last;
     for (int d = 0; d < dim_panels; ++d) {
@@ -110,7 +111,11 @@ static void add_weighted(float* out, const float* weights, int64_t weight_pitch,
             multiply<kR, kPanel, 1>(acc, weights + p * weight_pitch, panels + p * kPanel * kPanel, p < whole ? kPanel : last_tokens);
             fetch_some(fetch);
         }
-        add_block(out + d * kRows * kPanel, acc);
+        if (sum) {
+            move_block(out + d * kRows * kPanel, acc, sum + d * kRows * kPanel);
+        } else {
+            add_block(out + d * kRows * kPanel, acc);
+        }
     }
 }
 

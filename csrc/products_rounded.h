@@ -98,7 +98,7 @@ RINGSPAN_INLINE void store_gradients(float* p, float* ds, float* ds_weights, con
 }
 
 template <int kR>
-static void add_weighted(float* out, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
+static void add_weighted(float* out, float* sum, const float* weights, int64_t weight_pitch, const float* values, int64_t value_pitch, int first, int last,
                          int last_tokens, int dim_panels, Fetch& fetch) {
     const int whole = last_tokens < kPanel ? last - 1 : last;
     for (int d = 0; d < dim_panels; ++d) {
@@ -109,7 +109,11 @@ static void add_weighted(float* out, const float* weights, int64_t weight_pitch,
             multiply<kR, kPanel, 1, true>(acc, weights + p * weight_pitch, panels + p * kPanel * kTokenFloats, pairs);
             fetch_some(fetch);
         }
-        add_block(out + d * kRows * kPanel, acc);
+        if (sum) {
+            move_block(out + d * kRows * kPanel, acc, sum + d * kRows * kPanel);
+        } else {
+            add_block(out + d * kRows * kPanel, acc);
+        }
     }
 }
 

@@ -47,4 +47,18 @@ RINGSPAN_INLINE void add_block(float* to, const Floats (&acc)[kR][kVectors]) {
     }
 }
 
+// sum += from + acc; from = 0.
+template <int kR>
+RINGSPAN_INLINE void move_block(float* from, const Floats (&acc)[kR][kVectors], float* sum) {
+#pragma GCC unroll 32
+    for (int r = 0; r < kR; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+            const int at = r * kPanel + v * kLanes;
+            store(sum + at, load(from + at) + acc[r][v] + load(sum + at));
+            store(from + at, all(0));
+        }
+    }
+}
+
 }  // namespace ringspan::RINGSPAN_ISA
