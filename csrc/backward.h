@@ -42,6 +42,7 @@ struct GradientScratch {
     bool finite_keys;
     float* key_rows;  // what ds weighs, of kItemKeys tokens
     QueryBlock block;
+    Fetch fetch;     // of the block that comes next
     float* p;        // [query panel][kRows][kPanel] of one key tile
     float* ds;       // [query panel][kItemKeys][kPanel]
     float* ds_rows;  // as p, where dk reads ds in another order than dq
@@ -143,12 +144,11 @@ static void pack_queries(const GradientCall& call, int64_t b, QueryBlock& block)
 }
 
 // Scores and dp of one key tile and one query panel.
-static void multiply_queries(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp) {
+static void multiply_queries(const GradientCall& call, const KeyTile& tile, const QueryBlock& block, int panel, float* scores, float* dp, Fetch& fetch) {
     const int64_t dim = call.sizes.dim, value_dim = call.sizes.value_dim;
     const bool pairs = call.bfloat16_pairs;
     const float* queries = block.query_columns + panel * kPanel * operand_floats(dim, pairs);
     const float* douts = block.dout_columns + panel * kPanel * operand_floats(value_dim, pairs);
-    Fetch fetch;
     with_rows(tile.rows, [&]<int kR>() {
         multiply_panel<kR>(tile.keys, queries, dim, pairs, kPanel, scores, fetch);
         multiply_panel<kR>(tile.values, douts, value_dim, pairs, kPanel, dp, fetch);
@@ -219,7 +219,7 @@ static void add_to_keys(GradientScratch& scratch, int number, int first, int las
     }
     const int dim_panels = round_up(sizes.dim, kPanel) / kPanel, value_panels = round_up(sizes.value_dim, kPanel) / kPanel;
     constexpr int kPitch = kQueryBlock * kTokenFloats;
-    Fetch fetch;
+    Fetch& fetch = scratch.fetch;
     with_rows(tile.rows, [&]<int kR>() {
         add_weighted<kR>(tile.dv, nullptr, scratch.p, kRows * kPanel, block.dout_rows, kPitch, first, last, kPanel, value_panels, fetch);
         add_weighted<kR>(tile.dk, nullptr, scratch.ds_weights(number, 0), scratch.ds_weights_pitch(), block.query_rows, kPitch, first, last, kPanel, dim_panels, fetch);
@@ -243,7 +243,7 @@ static void visit_tile(const GradientCall& call, GradientScratch& scratch, int n
         }
         first = panel < first ? panel : first;
         last = panel + 1;
-        multiply_queries(call, tile, block, panel, p, ds);
+        multiply_queries(call, tile, block, panel, p, ds, scratch.fetch);
         compute(tile, block, panel, call.scale, !block.span[panel].sees_all(tile.begin, tile.end), p, ds, ds_weights);
     }
     if (call.dk.data && first < last) add_to_keys(scratch, number, first, last, slow, call.sizes);
@@ -289,6 +289,14 @@ static void add_visible_to_queries(const GradientCall& call, int64_t b, Gradient
     }
 }
 
+static Fetch fetch_queries(const GradientCall& call, const GradientItem& item, const GradientScratch& scratch) {
+    const Sizes& sizes = call.sizes;
+    const int64_t last = scratch.block.first_row, first = last - kQueryBlock;
+    const int64_t fetches_of_tile = fetches_of_panel(sizes.dim, sizes.value_dim, call.bfloat16_pairs) * kQueryPanels * (call.dk.data ? 2 : 1);
+    const Tokens q = tokens_of(call.q, item.batch, scratch.block.head), dout = tokens_of(call.dout, item.batch, scratch.block.head);
+    return first < 0 ? Fetch{} : fetch_of(q, dout, sizes.dim, sizes.value_dim, first, last, scratch.num_tiles * fetches_of_tile);
+}
+
 // Whether any key of the item is seen.
 static bool visit_block(const GradientCall& call, const GradientItem& item, GradientScratch& scratch, int64_t step) {
     QueryBlock& block = scratch.block;
@@ -302,6 +310,7 @@ static bool visit_block(const GradientCall& call, const GradientItem& item, Grad
     pack_queries(call, item.batch, block);
     // A value that is not finite must not meet the 0 of a pair that is hidden.
     const bool slow = !fully_seen && !(block.finite && scratch.finite_keys);
+    scratch.fetch = fetch_queries(call, item, scratch);
     for (int i = 0; i < scratch.num_tiles; ++i) visit_tile(call, scratch, i, slow);
     if (!call.dq.data) return true;
     wait_for_earlier_keys(*item.order, item.number, step);
