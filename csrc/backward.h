@@ -289,12 +289,16 @@ static void add_visible_to_queries(const GradientCall& call, int64_t b, Gradient
     }
 }
 
+// What the next block's queries are packed from; and dq of this one's, which it takes up again after other items.
 static Fetch fetch_queries(const GradientCall& call, const GradientItem& item, const GradientScratch& scratch) {
     const Sizes& sizes = call.sizes;
-    const int64_t last = scratch.block.first_row, first = last - kQueryBlock;
-    const int64_t fetches_of_tile = fetches_of_panel(sizes.dim, sizes.value_dim, call.bfloat16_pairs) * kQueryPanels * (call.dk.data ? 2 : 1);
-    const Tokens q = tokens_of(call.q, item.batch, scratch.block.head), dout = tokens_of(call.dout, item.batch, scratch.block.head);
-    return first < 0 ? Fetch{} : fetch_of(q, dout, sizes.dim, sizes.value_dim, first, last, scratch.num_tiles * fetches_of_tile);
+    const int64_t head = scratch.block.head, row = scratch.block.first_row, next = row - kQueryBlock;
+    if (next < 0) return {};
+    const FetchedArray q = fetched(tokens_of(call.q, item.batch, head), next, sizes.dim);
+    const FetchedArray dout = fetched(tokens_of(call.dout, item.batch, head), next, sizes.value_dim);
+    const FetchedArray dq = call.dq.data ? fetched(call.dq.row(item.batch, head, row), call.dq.stride[2], sizes.dim) : FetchedArray{};
+    const int64_t num_times = fetches_of_panel(sizes.dim, sizes.value_dim, call.bfloat16_pairs) * (call.dk.data ? 2 : 1);
+    return fetch_of({q, dout, dq}, kQueryBlock, num_times * scratch.num_tiles * kQueryPanels);
 }
 
 // Whether any key of the item is seen.

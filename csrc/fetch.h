@@ -1,42 +1,58 @@
-// Fetching tokens into L2 while others are computed with: packing waits for memory, and computing does not.
+// Fetching into L2 what comes next while something else is computed: packing waits for memory, and computing does not.
 #pragma once
 
 namespace ringspan::RINGSPAN_ISA {
 
-// Two arrays' tokens, a few cache lines at a time. A core has places for a dozen lines or two on their way; who asks for more at
-// once waits.
-struct Fetch {
-    struct Array {
-        const char* token = nullptr;  // the next
-        int64_t stride = 0, bytes = 0;  // of a token
-    };
-    Array arrays[2];
-    int which = 0;  // whose token is being fetched
-    int64_t at = 0;  // bytes of it that have been
-    int64_t tokens_left = 0, lines_at_once = 0;  // tokens of both together
+// Rows of memory, as many of one array as of the others.
+struct FetchedArray {
+    const char* row = nullptr;      // the next
+    int64_t stride = 0, bytes = 0;  // of a row
 };
 
-// The tokens first .. last, in num_times calls of fetch_some.
-static Fetch fetch_of(const Tokens& x, const Tokens& y, int64_t x_dim, int64_t y_dim, int64_t first, int64_t last, int64_t num_times) {
-    if (first >= last || num_times == 0 || x.dim_stride != 1 || y.dim_stride != 1) return {};
+// A core has places for a dozen cache lines or two on their way; who asks for more at once waits. So a few are asked for at a time.
+struct Fetch {
+    FetchedArray arrays[3];
+    int num_arrays = 0;
+    int which = 0;                             // whose row is being fetched
+    int64_t bytes_done = 0;                    // of it
+    int64_t rows_left = 0, lines_at_once = 0;  // of all arrays
+};
+
+static FetchedArray fetched(const float* rows, int64_t stride, int64_t dim) { return {reinterpret_cast<const char*>(rows), stride * 4, dim * 4}; }
+
+// From the token `first` on. Tokens that do not lie in one piece are not fetched.
+static FetchedArray fetched(const Tokens& x, int64_t first, int64_t dim) {
     const int64_t size = x.dtype == DType::float32 ? 4 : 2;
-    const auto array_of = [&](const Tokens& tokens, int64_t dim) {
-        return Fetch::Array{static_cast<const char*>(tokens.data) + (tokens.offset + first * tokens.token_stride) * size, tokens.token_stride * size, dim * size};
-    };
-    const int64_t num_lines = (last - first) * ((x_dim * size + 63) / 64 + (y_dim * size + 63) / 64);
-    return {{array_of(x, x_dim), array_of(y, y_dim)}, 0, 0, 2 * (last - first), (num_lines + num_times - 1) / num_times};
+    const char* row = static_cast<const char*>(x.data) + (x.offset + first * x.token_stride) * size;
+    return {row, x.token_stride * size, x.dim_stride == 1 ? dim * size : 0};
+}
+
+// All of it is fetched in num_times calls of fetch_some.
+template <int kCount>
+static Fetch fetch_of(const FetchedArray (&arrays)[kCount], int64_t num_rows, int64_t num_times) {
+    Fetch fetch;
+    if (num_rows <= 0 || num_times == 0) return fetch;
+    int64_t lines = 0;
+    for (const FetchedArray& array : arrays) {
+        if (array.bytes == 0) continue;
+        fetch.arrays[fetch.num_arrays++] = array;
+        lines += (array.bytes + 63) / 64 * num_rows;
+    }
+    fetch.rows_left = num_rows * fetch.num_arrays;
+    fetch.lines_at_once = (lines + num_times - 1) / num_times;
+    return fetch;
 }
 
 static inline void fetch_some(Fetch& fetch) {
-    for (int64_t i = 0; i < fetch.lines_at_once && fetch.tokens_left > 0; ++i) {
-        Fetch::Array& array = fetch.arrays[fetch.which];
-        __builtin_prefetch(array.token + fetch.at, 0, 2);
-        fetch.at += 64;
-        if (fetch.at >= array.bytes) {
-            array.token += array.stride;
-            fetch.at = 0;
-            fetch.which = 1 - fetch.which;
-            --fetch.tokens_left;
+    for (int64_t i = 0; i < fetch.lines_at_once && fetch.rows_left > 0; ++i) {
+        FetchedArray& array = fetch.arrays[fetch.which];
+        __builtin_prefetch(array.row + fetch.bytes_done, 0, 2);
+        fetch.bytes_done += 64;
+        if (fetch.bytes_done >= array.bytes) {
+            array.row += array.stride;
+            fetch.bytes_done = 0;
+            fetch.which = fetch.which + 1 < fetch.num_arrays ? fetch.which + 1 : 0;
+            --fetch.rows_left;
         }
         __asm__ volatile("");  // gcc takes a function that only prefetches for one without effect, and drops its calls
     }

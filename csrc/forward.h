@@ -472,9 +472,9 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
 }
 
 static Fetch fetch_block(const KeyRun& run, const AbsorbItem& item, int64_t begin, int64_t end, int64_t num_times) {
-    const int64_t last = end - begin < kKeyBlock ? end : begin + kKeyBlock;
+    const int64_t num_keys = end - begin < kKeyBlock ? end - begin : kKeyBlock;
     const Tokens k = tokens_of(run.k, item.batch, item.kv_head), v = tokens_of(run.v, item.batch, item.kv_head);
-    return fetch_of(k, v, run.sizes.dim, run.sizes.value_dim, begin, last, num_times);
+    return fetch_of({fetched(k, begin, run.sizes.dim), fetched(v, begin, run.sizes.value_dim)}, num_keys, num_times);
 }
 
 // next: the run that comes after it, or null.
