@@ -144,7 +144,7 @@ def _legend(root: ElementTree.Element, shown: Scene, grid: _Grid) -> None:
         f"{count(shown.num_hops, 'hop')}, {compact(shown.mean_pairs * shown.num_ranks)} visible pairs in "
         f"{count(shown.num_tiles, 'tile')}"
     )
-    _text(root, _MARGIN, y + 54, f"{told}, balance {shown.balance:.2f} (mean / most of the ranks)", weight="bold")
+    _text(root, _MARGIN, y + 54, f"{told}; the busiest rank has {shown.busiest_load:.2f} of the mean", weight="bold")
 
 
 def _rect(root: ElementTree.Element, x: float, y: float, width: float, height: float, **style: object) -> None:

@@ -105,5 +105,5 @@ def _legend(shown: Scene, detail: _Detail) -> Iterator[Text]:
     tiles = count(shown.num_tiles, "tile")
     yield Text(
         f"in all  {compact(shown.mean_pairs * shown.num_ranks)} visible pairs a head in {tiles}; "
-        f"balance {shown.balance:.2f} (mean / most of the ranks)"
+        f"the busiest rank has {shown.busiest_load:.2f} of the mean"
     )

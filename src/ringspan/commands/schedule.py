@@ -78,10 +78,9 @@ class Scene:
         return sum(cell.num_tiles for cell in self.cells.values())
 
     @property
-    def balance(self) -> float:
-        """Mean over most: the share of the time for which a worker has work, if the busiest one never waits."""
-        most = max(map(self.pairs, range(self.num_ranks)))
-        return self.mean_pairs / most if most else 1.0
+    def busiest_load(self) -> float:
+        """How many times as long the ring takes as with even work, if its busiest rank never waits."""
+        return max(map(self.load, range(self.num_ranks)))
 
 
 def scene(asked: Asked, num_workers: int, num_tokens: int, backward: Travels | None = None) -> Scene:
