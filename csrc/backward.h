@@ -42,7 +42,7 @@ struct GradientScratch {
     bool finite_keys;
     float* key_rows;  // what ds weighs, of kItemKeys tokens
     QueryBlock block;
-    Fetch fetch;     // of the block that comes next
+    Fetch fetch;     // while a block is computed
     float* p;        // [query panel][kRows][kPanel] of one key tile
     float* ds;       // [query panel][kItemKeys][kPanel]
     float* ds_rows;  // as p, where dk reads ds in another order than dq
@@ -293,7 +293,7 @@ static void add_visible_to_queries(const GradientCall& call, int64_t b, Gradient
 static Fetch fetch_queries(const GradientCall& call, const GradientItem& item, const GradientScratch& scratch) {
     const Sizes& sizes = call.sizes;
     const int64_t head = scratch.block.head, row = scratch.block.first_row, next = row - kQueryBlock;
-    if (next < 0) return {};
+    if (!kFetchesQueries || next < 0) return {};
     const FetchedArray q = fetched(tokens_of(call.q, item.batch, head), next, sizes.dim);
     const FetchedArray dout = fetched(tokens_of(call.dout, item.batch, head), next, sizes.value_dim);
     const FetchedArray dq = call.dq.data ? fetched(call.dq.row(item.batch, head, row), call.dq.stride[2], sizes.dim) : FetchedArray{};

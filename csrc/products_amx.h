@@ -24,6 +24,7 @@ constexpr bool kRoundsWeights = false;
 #endif
 constexpr bool kPairsOnly = true;
 constexpr bool kDsHasTwoOrders = true;
+constexpr bool kFetchesQueries = false;  // it gained nothing
 constexpr int kKeyBlock = 256, kQueryBlock = 256, kKeysPerItem = 512;
 constexpr int kTokenFloats = kSide;
 

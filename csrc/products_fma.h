@@ -11,6 +11,7 @@ namespace ringspan::RINGSPAN_ISA {
 constexpr bool kPairsOnly = false;
 constexpr bool kRoundsWeights = false;
 constexpr bool kDsHasTwoOrders = false;
+constexpr bool kFetchesQueries = true;  // in the backward, before they are packed
 constexpr int kKeyBlock = 128, kQueryBlock = 64;
 // With their gradients they take 2 KiB each at d 128: L2 has 512 KiB on Zen 3, and 1 MiB or more where there is AVX-512.
 constexpr int kKeysPerItem = kLanes < 16 ? 224 : 448;

@@ -13,6 +13,7 @@ namespace ringspan::RINGSPAN_ISA {
 constexpr bool kPairsOnly = true;
 constexpr bool kRoundsWeights = true;
 constexpr bool kDsHasTwoOrders = true;  // in pairs of queries for dk, in pairs of keys for dq
+constexpr bool kFetchesQueries = true;
 constexpr int kKeyBlock = 128, kQueryBlock = 64, kKeysPerItem = 448;
 constexpr int kTokenFloats = kPanel / 2;
 static_assert(kHasPairs && kPanel == 2 * kLanes);
