@@ -159,6 +159,10 @@ def test_padding_is_of_the_keys_where_the_queries_are_another_sequence():
         assert shown(ranges, 5).tolist() == expected
 
 
+def test_a_batch_may_have_no_entries():
+    assert masks.padding([], 5).shape == (0, 5, 2)
+
+
 def test_images_may_be_named_in_any_order():
     images = [(5, 6), (1, 3), (3, 5)]
     assert torch.equal(masks.images_in_text(images, 8), masks.images_in_text(sorted(images), 8))

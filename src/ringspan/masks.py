@@ -346,6 +346,8 @@ def _lengths(name: str, value: int | Tensor | Sequence[int], most: int) -> Tenso
     """One number or several, int64 on the CPU, each from 0 to `most`."""
     try:
         lengths = torch.as_tensor(value, device="cpu")
+        if not lengths.numel():
+            lengths = lengths.long()  # torch makes a float of an empty list
         if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool or lengths.ndim > 1:
             raise TypeError
         lengths = lengths.to_dense().long()
