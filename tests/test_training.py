@@ -236,6 +236,27 @@ def test_a_dtensor_is_refused_and_its_local_part_taken():
     assert max(results(run_processes(pass_dtensors, 2))) < 2e-6
 
 
+def spread_heads(rank):
+    """Over two ranks, each of which is a ring of its own: unshard is given what RowwiseParallel returns."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    everybody = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 8).double(), torch.randn(1, 6, 8, dtype=torch.float64)
+    expected = model(x).detach()
+    parallelize_module(model, everybody, RowwiseParallel())
+    ring = ringspan.Ring("zigzag", everybody)
+    found = model(x.chunk(2, -1)[rank])  # all tokens are on both ranks, so each is there twice
+    return relative_error(ringspan.unshard(found, 1, group=everybody), torch.cat([expected, expected], 1)) + float(
+        (ring.unshard(ring.shard(found, 1), 1) - expected).abs().max()
+    )
+
+
+def test_what_tensor_parallelism_returns_is_unsharded():
+    assert max(results(run_processes(spread_heads, 2))) < 1e-12
+
+
 # Checkpointing, compiling
 
 

@@ -93,6 +93,8 @@ class _Unshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dim: int, layout: str, documents, group: str, differentiated: bool) -> Tensor:
         transport = resolve(group)
+        if type(x).__name__ == "AsyncCollectiveTensor":  # what tensor parallelism returns, with no memory of its own
+            x = x.trigger_wait()  # type: ignore[attr-defined]
         with on_device_of(x), transport.one_call():
             full, number = _Unshard._gathered(transport, x, dim, layout, documents, differentiated)
         ctx.arguments = dim, layout, documents, group, x.shape[dim], number
