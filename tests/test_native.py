@@ -334,11 +334,10 @@ def test_results_have_the_same_bits_whatever_the_number_of_threads(tile):
 rounds = pytest.mark.skipif(not _native.info()["rounds_weights"], reason="no products of bfloat16 to round weights for")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "rounds_weights"),
-    [*((dtype, False) for dtype in DTYPES), pytest.param(torch.bfloat16, True, marks=rounds)],
-    ids=str,
-)
+EVERY_DTYPE = [*((dtype, False) for dtype in DTYPES), pytest.param(torch.bfloat16, True, marks=rounds)]
+
+
+@pytest.mark.parametrize(("dtype", "rounds_weights"), EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 40.0])
 @pytest.mark.parametrize("mask", [{}, {"upper": 1}, {"lower": -200, "upper": 1}, {"lower": 3, "upper": 150}], ids=str)
 def test_a_row_has_the_same_bits_whatever_rows_share_its_work_item(mask, spread, dtype, rounds_weights):
@@ -413,6 +412,13 @@ def one_by_one(tile, cuts):
     return state
 
 
+def assert_same_bits(*states):
+    """But for the bits of NaN."""
+    first, *others = ([x.where(~x.isnan(), math.nan).contiguous().view(torch.int32) for x in state] for state in states)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @thorough
 @given(tiles(), st.lists(st.floats(0, 1), max_size=5), st.sampled_from([1, 3]))
 def test_runs_of_keys_in_one_call_have_the_bits_of_one_call_after_the_other(tile, cuts, num_threads):
@@ -433,6 +439,34 @@ def test_runs_have_the_bits_of_one_call_after_the_other_where_weights_are_rounde
     cuts = [int(cut * tile.k.shape[2]) for cut in cuts]
     together, apart = in_runs(tile, cuts, num_threads), one_by_one(tile, cuts)
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "rounds_weights"), EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 40.0])
+def test_runs_of_more_blocks_than_one_sum_takes_have_the_bits_of_one_call_after_the_other(
+    spread, dtype, rounds_weights
+):
+    """64 blocks of 128 or 256 keys are set aside, and so is every run: here two runs have more blocks, two have one."""
+    ends = [300, 300 + 70 * 256, 301 + 70 * 256]
+    tile = full_tile(1, 1, 1, 3, ends[-1] + 66 * 256, 2, dtype, spread=spread, lower=200)
+    tile.rounds_weights = rounds_weights
+    assert_same_bits(in_runs(tile, ends), one_by_one(tile, ends))
+
+
+@pytest.mark.parametrize(("dtype", "rounds_weights"), EVERY_DTYPE, ids=str)
+@pytest.mark.parametrize("spread", [1.0, 40.0])
+@pytest.mark.parametrize("bad", [10, 260, 299, 301, 450])
+def test_runs_with_an_infinite_value_have_the_bits_of_one_call_after_the_other(bad, spread, dtype, rounds_weights):
+    """Its block goes another way, be it the first of its run, the last or the only one; rows begin in all the runs."""
+    tile = full_tile(1, 2, 1, 100, 600, 24, dtype, spread=spread)
+    tile.v[0, 0, bad, 3] = math.inf
+    tile.rounds_weights = rounds_weights
+    row = torch.arange(100, dtype=torch.int32)
+    tile.mask = {"lo": 5 * row, "hi": torch.where(row % 3 == 0, bad, 600).int()}
+    together = in_runs(tile, [300, 420, 500], num_threads=2)
+    assert_same_bits(together, one_by_one(tile, [300, 420, 500]))
+    reached = (tile.mask["lo"] <= bad) & (bad < tile.mask["hi"])
+    assert together[0][:, :, ~reached].isfinite().all() and not together[0][:, :, reached, 3].isfinite().any()
 
 
 def test_what_is_not_finite_in_one_run_reaches_only_the_rows_that_see_it():
