@@ -44,17 +44,18 @@ static Fetch fetch_of(const FetchedArray (&arrays)[kCount], int64_t num_rows, in
 }
 
 static inline void fetch_some(Fetch& fetch) {
-    for (int64_t i = 0; i < fetch.lines_at_once && fetch.rows_left > 0; ++i) {
+    for (int64_t bytes_left = fetch.lines_at_once * 64; bytes_left > 0 && fetch.rows_left > 0;) {
         FetchedArray& array = fetch.arrays[fetch.which];
-        __builtin_prefetch(array.row + fetch.bytes_done, 0, 2);
-        fetch.bytes_done += 64;
-        if (fetch.bytes_done >= array.bytes) {
-            array.row += array.stride;
-            fetch.bytes_done = 0;
-            fetch.which = fetch.which + 1 < fetch.num_arrays ? fetch.which + 1 : 0;
-            --fetch.rows_left;
-        }
+        const int64_t begin = fetch.bytes_done, end = array.bytes - begin < bytes_left ? array.bytes : begin + bytes_left;
+        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(array.row + at, 0, 2);
         __asm__ volatile("");  // gcc takes a function that only prefetches for one without effect, and drops its calls
+        bytes_left -= round_up(end - begin, 64);
+        fetch.bytes_done = end;
+        if (end < array.bytes) continue;
+        array.row += array.stride;
+        fetch.bytes_done = 0;
+        fetch.which = fetch.which + 1 < fetch.num_arrays ? fetch.which + 1 : 0;
+        --fetch.rows_left;
     }
 }
 

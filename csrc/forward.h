@@ -39,6 +39,7 @@ struct Tile {
     bool started;                  // queries are packed
     bool started_rows[kRows];      // whose state is here: those that have seen anything of this call
     bool references_are_positive;  // of all rows that see anything of the run
+    bool all_see_something;        // of the run
     bool has_aside;                // of acc and sums, what earlier runs and blocks made of them is aside
     bool is_all_aside;             // acc and sums are 0
     int num_blocks;                // added to acc since
@@ -147,7 +148,6 @@ static void load_row(const AbsorbCall& call, int64_t b, Tile& tile, int r) {
         }
     }
     tile.started_rows[r] = true;
-    tile.is_all_aside = false;
 }
 
 static void store_row(const AbsorbCall& call, int64_t b, const Tile& tile, int r) {
@@ -246,9 +246,11 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
     const bool settled = are_settled(tile);
     if (!settled) add_aside(call.sizes(), tile);
     tile.references_are_positive = false;
+    tile.all_see_something = true;
     bool holds_something = false;
     for (int r = 0; r < tile.rows; ++r) {
         if (tile.lo[r] >= tile.hi[r]) {
+            tile.all_see_something = false;
             if (tile.started_rows[r]) tile.span.full_end = 0;  // what others see must be hidden from it
         } else if (!tile.started_rows[r]) {
             load_row(call, item.batch, tile, r);
@@ -258,7 +260,6 @@ static void look_at_run(const AbsorbCall& call, const AbsorbItem& item, const Ke
         holds_something = holds_something || tile.reference[r] > -__builtin_inff();
     }
     if (holds_something) set_aside(call.sizes(), tile);
-    tile.num_blocks = 0;
 }
 
 // Packs the panels that hold the keys begin .. end: all keys of these panels.
@@ -440,7 +441,9 @@ static void absorb_block(const AbsorbCall& call, const KeyRun& run, Tile& tile, 
     const bool safe = safe_values && tile.largest_query * largest_key <= kSafeScore * kSafeScore;
     if (safe && !tile.references_are_positive) make_references_positive(tile, block, value_dim);
     const int32_t packed_end = run.sizes.keys - block.begin < last * kPanel ? static_cast<int32_t>(run.sizes.keys) : block.begin + last * kPanel;
-    const bool plain = !finite_values && !tile.span.sees_all(block.begin + first * kPanel, packed_end);
+    // Whichever rows have been loaded: their state is to have the same bits where each run is a call.
+    const bool hides_some = !tile.all_see_something || !tile.span.sees_all(block.begin + first * kPanel, packed_end);
+    const bool plain = !finite_values && hides_some;
     int next = first;
     Sums sums[kRows] = {};
     if (safe && !plain && tile.rows == kRows) next = weigh_seen_panels(tile, block, dim, scale, first, last, weights, sums, fetch);
@@ -501,7 +504,7 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
         if (num_times == 0) continue;
         pack_block(run, item, call.bfloat16_pairs, first, last, block);
         scratch.fetch = block.end < end ? fetch_block(run, item, block.end, end, num_times)
-                        : next          ? fetch_block(*next, item, 0, next->sizes.keys, num_times)
+                        : next && next->sizes.keys ? fetch_block(*next, item, 0, next->sizes.keys, num_times)
                                         : Fetch{};
         for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights, scratch.fetch);
     }

@@ -455,7 +455,7 @@ def test_runs_of_more_blocks_than_one_sum_takes_have_the_bits_of_one_call_after_
 
 @pytest.mark.parametrize(("dtype", "rounds_weights"), EVERY_DTYPE, ids=str)
 @pytest.mark.parametrize("spread", [1.0, 40.0])
-@pytest.mark.parametrize("bad", [10, 260, 299, 301, 450])
+@pytest.mark.parametrize("bad", [10, 260, 299, 300, 301, 450])
 def test_runs_with_an_infinite_value_have_the_bits_of_one_call_after_the_other(bad, spread, dtype, rounds_weights):
     """Its block goes another way, be it the first of its run, the last or the only one; rows begin in all the runs."""
     tile = full_tile(1, 2, 1, 100, 600, 24, dtype, spread=spread)
