@@ -340,6 +340,38 @@ def test_selective_checkpointing_goes_with_compiling_in_either_order(forwards, o
     assert count == count_compiled == 1 and all(map(torch.equal, grads, expected))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch looks at it where it goes on
+def test_a_compiled_model_may_hold_unshard_and_breaks_its_graph_there_alone():
+    """Of lengths that torch makes symbols of after the second."""
+    weight, seen = torch.randn(8, 8), []
+
+    def counting(graph, _):
+        seen.append(graph)
+        return graph.forward
+
+    def model(x, ring):
+        q = ring.shard(x @ weight, 1).unsqueeze(1)
+        return ring.unshard(ring.attention(q, q, q, causal=True).squeeze(1), 1).square()
+
+    def work(group):
+        ring, found = ringspan.Ring("zigzag", group), []
+        for tokens in (9, 13, 14, 31):
+            x = torch.randn(1, tokens, 8, generator=torch.Generator().manual_seed(tokens), requires_grad=True)
+            found.append([(out := through(x, ring)), *torch.autograd.grad(out.sum(), x)])
+        return found
+
+    torch.compiler.reset()
+    through = model
+    expected = run_local(work, 1, timeout=60)
+    through = torch.compile(model, backend=counting)
+    for ours, theirs in zip(run_local(work, 1, timeout=60)[0], expected[0], strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert len(seen) == 4  # before and after unshard, of a length and of any
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="outside of what is compiled with fullgraph=True"):
+        torch.compile(model, backend=counting, fullgraph=True)(torch.randn(1, 9, 8), ringspan.Ring())
+    torch.compiler.reset()
+
+
 # Every rank, every time
 
 

@@ -214,6 +214,7 @@ def shard(
     return reshard.take(x, dim, split(layout, x.shape[dim], num_ranks, documents_of(documents)).ranges(rank))
 
 
+@reshard.untraced
 def unshard(
     x: Tensor,
     dim: int,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import documents_of
@@ -15,6 +17,21 @@ from ringspan.layout import Layout, check_name, from_lengths, shard_length, spli
 from ringspan.state import state_dtype
 from ringspan.transport.contract import Channel, Parcel, Spec, Transport
 from ringspan.transport.table import resolve
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def untraced(fn: _Function) -> _Function:
+    """torch.compile breaks its graph at fn and leaves all that it calls alone; traced, an exchange with other ranks
+    would be taken to pieces, and fail where lengths are symbolic.
+
+    As torch.compiler.disable does, which loads torch._dynamo, and with it Triton.
+    """
+    marked: Any = fn
+    set_code_exec_strategy(marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    marked._torchdynamo_disable = True
+    marked._torchdynamo_disable_msg = "call it outside of what is compiled with fullgraph=True"
+    return fn
 
 
 def take(x: Tensor, dim: int, ranges: Sequence[range]) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal, Unpack, overload
 from torch import Tensor
 
 from ringspan.api import OptionsOfRing, positions, ring_attention, shard, unshard
+from ringspan.reshard import untraced
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Ring:
         """This rank's shard of a full tensor, along dim."""
         return shard(x, dim, layout=self.layout, group=self.group, cu_seqlens=self.cu_seqlens)
 
+    @untraced
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """The full tensor on every rank, from every rank's shard. Every rank must call it."""
         return unshard(x, dim, layout=self.layout, group=self.group, cu_seqlens=self.cu_seqlens)
