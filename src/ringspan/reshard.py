@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import documents_of
@@ -26,7 +25,12 @@ def untraced(fn: _Function) -> _Function:
     would be taken to pieces, and fail where lengths are symbolic.
 
     As torch.compiler.disable does, which loads torch._dynamo, and with it Triton.
+    A torch without these names would trace it.
     """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:
+        return fn
     marked: Any = fn
     set_code_exec_strategy(marked.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
     marked._torchdynamo_disable = True

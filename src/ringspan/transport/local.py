@@ -6,6 +6,8 @@ tensors any more. On a GPU every worker has a stream of its own, and it is the s
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import itertools
 import os
 import queue
@@ -33,6 +35,7 @@ from ringspan.transport.streams import Streams, streams_in_use, streams_of, thre
 
 DEFAULT_TIMEOUT_S = 1800.0
 
+_getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 _serial = itertools.count()
 _thread = threading.local()
 
@@ -245,7 +248,7 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = _Permits(num_cores())
+        self.permits = _Cores(num_cores())
         # Of workers on a GPU: threads that all launch would hand Python's lock to and fro with every operation.
         self.launching = _Permits(1)
         self.failure: tuple[int | None, BaseException] | None = None
@@ -287,7 +290,7 @@ class _Permits:
     """A semaphore that costs a microsecond: threading's own is made of Python."""
 
     def __init__(self, count: int) -> None:
-        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         for _ in range(count):
             self._free.put(None)
 
@@ -302,6 +305,38 @@ class _Permits:
 
     def __exit__(self, *_: object) -> None:
         self.give_back()
+
+
+class _Cores(_Permits):
+    """Permits to compute. Who waited for one goes on where the other left.
+
+    Left alone, Linux wakes it beside a thread that computes, as likely as not: no core is free at that moment. One
+    core then stays idle until the next tick (docs/decisions/0011-small-shards.md).
+    """
+
+    def take(self) -> None:
+        try:
+            self._free.get_nowait()
+        except queue.Empty:
+            _move_to(self._free.get())
+
+    def give_back(self) -> None:
+        self._free.put(_current_core())
+
+
+def _current_core() -> int | None:
+    return None if _getcpu is None else _getcpu()
+
+
+def _move_to(core: int | None) -> None:
+    """Moves this thread, which the scheduler may move on."""
+    if core is None or core == _current_core():
+        return
+    allowed = os.sched_getaffinity(0)
+    if core in allowed:
+        with contextlib.suppress(OSError):  # allowed no more
+            os.sched_setaffinity(0, {core})
+            os.sched_setaffinity(0, allowed)
 
 
 def _who(rank: int | None) -> str:
