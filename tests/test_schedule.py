@@ -9,7 +9,7 @@ import pytest
 from ringspan.layout import LAYOUTS, Layout, from_lengths, split
 from ringspan.problem import KeyRanges, Mask, Problem
 from ringspan.schedule.check import ScheduleError, check, visible_pairs
-from ringspan.schedule.contract import Hop, Schedule
+from ringspan.schedule.contract import Hop, Schedule, Step
 from ringspan.schedule.ring import backward_hop_bytes, forward_hop_bytes, ring_schedule, travelling_side
 from ringspan.tiling import tiles_between
 
@@ -171,6 +171,14 @@ def without_tiles_that_show_something(plans: list[Schedule]) -> list[Schedule]:
     return changed(plans, 0, 0, tiles=lambda tiles: (*tiles, replace(hidden, keys=range(4, 6), mask=CAUSAL)))
 
 
+def with_the_last_tile_in_two_steps(plans: list[Schedule]) -> list[Schedule]:
+    """Rank 1 leaves the second of its queries to a step in which nothing has come."""
+    ((tile,),) = (step.tiles for step in plans[1].steps if step.index == 2)
+    plans = changed(plans, 1, 2, tiles=(replace(tile, queries=range(1)),))
+    later = Step(3, 2, (replace(tile, queries=range(1), row_start=1),))
+    return [plans[0], replace(plans[1], steps=(*plans[1].steps, later)), plans[2]]
+
+
 WRONG_FORWARD = {
     "a tile is missing": (ALL, "computed 0 times", lambda p: changed(p, 1, 1, tiles=())),
     "a tile is there twice": (ALL, "computed 2 times", lambda p: changed(p, 1, 1, tiles=lambda old: old * 2)),
@@ -215,15 +223,30 @@ WRONG_FORWARD = {
         "does not use it next",
         lambda p: changed(changed(p, 0, 0, receive=Hop(2, 2)), 2, 0, send=(Hop(0, 2),)),
     ),
+    "a shard comes to a step without work": (
+        CAUSAL,
+        "does not use it next",
+        lambda p: [
+            replace(p[0], steps=(replace(p[0].steps[0], receive=Hop(2, 2)), Step(1, 2, ()))),
+            p[1],
+            changed(p, 2, 0, send=(Hop(0, 2),))[2],
+        ],
+    ),
+    "a shard is used again when it has left": (ALL, "uses shard 2 but holds None", with_the_last_tile_in_two_steps),
     "a shard comes a step too early": (
         ALL,
         "does not use it next",
         lambda p: changed(p, 2, 0, receive=Hop(0, 0)),
     ),
-    "a hop is posted twice at both its ends": (
+    "a step is taken twice by all": (
         ALL,
-        "a hop is posted twice",
+        "one of them twice",
         lambda p: [replace(plan, steps=(replace(plan.steps[0], tiles=()), *plan.steps)) for plan in p],
+    ),
+    "steps are taken in another order": (
+        CAUSAL,
+        "in another order",
+        lambda p: [p[0], replace(p[1], steps=p[1].steps[::-1]), p[2]],
     ),
     "a rank does not know who reads its shard": (ALL, "has readers", lambda p: [replace(p[0], readers=()), *p[1:]]),
     "a rank takes one more for a reader": (
@@ -232,6 +255,7 @@ WRONG_FORWARD = {
         lambda p: [*p[:2], replace(p[2], readers=(0,))],
     ),
     "a result rides": (ALL, "ride where nobody waits", lambda p: changed(p, 1, 1, ride_send=Hop(2, 0))),
+    "a result is awaited": (ALL, "ride where nobody waits", lambda p: changed(p, 1, 1, ride_receive=(Hop(0, 1),))),
 }
 WRONG_BACKWARD = {
     "a ride is not sent": ("keeps a result back", lambda p: changed(p, 1, 1, ride_send=None)),
