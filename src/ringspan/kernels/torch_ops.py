@@ -9,6 +9,7 @@ reference.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -162,10 +163,8 @@ def _calls(visible: RowIntervals, scale: float) -> list[Call] | None:
     if visible.arrays()[0].ndim > 1 or scale <= 0:
         return None
     calls: list[Call] = []
-    for piece in visible.pieces():
-        if piece.lo_step:
-            return None
-        calls += _calls_of(piece)
+    for call in chain.from_iterable(map(_calls_of, visible.pieces())):
+        calls.append(call)
         if len(calls) * _FEWEST_ROWS > visible.num_rows + 4 * _FEWEST_ROWS:
             return None
     return calls
@@ -173,6 +172,11 @@ def _calls(visible: RowIntervals, scale: float) -> list[Call] | None:
 
 def _calls_of(piece: Piece) -> Iterator[Call]:
     num_rows = piece.rows.stop - piece.rows.start
+    if piece.lo_step:  # row by row: a document of one token and the first row of the next; of a window that is too many
+        for i in range(num_rows):
+            row = piece.rows.start + i
+            yield slice(row, row + 1), slice(piece.lo + i, piece.hi + i * piece.hi_step), False
+        return
     if not piece.hi_step:
         yield piece.rows, slice(piece.lo, piece.hi), False
         return
