@@ -1,0 +1,58 @@
+"""Transfers run beside the work: posted before a step's tiles are computed, awaited after; results leave at once."""
+
+import threading
+
+import pytest
+import torch
+
+from ringspan import call, run_local
+from ringspan.arguments import Options
+from ringspan.kernels.reference import Reference
+from ringspan.transport.local import _LocalChannel
+
+
+@pytest.fixture
+def orders(monkeypatch):
+    """By thread, as it happened: p, posted to be received; c, computed; s, a result sent; w, waited for."""
+    found: dict[int, str] = {}
+    post = _LocalChannel.post
+
+    def note(letter):
+        mine = threading.get_ident()
+        found[mine] = found.get(mine, "") + letter
+
+    def noted_post(self, index, lane, sends=(), receives=()):
+        pending = post(self, index, lane, sends, receives)
+        if receives:
+            note("p")
+            wait = pending.wait
+            pending.wait = lambda: (note("w"), wait())[1]
+        elif sends:
+            note("s")
+        return pending
+
+    def noted(name):
+        inner = getattr(Reference, name)
+        return lambda self, *args: (note("c"), inner(self, *args))[1]
+
+    monkeypatch.setattr(_LocalChannel, "in_place", False)  # where hops take time
+    monkeypatch.setattr(_LocalChannel, "post", noted_post)
+    for name in ("absorb_runs", "absorb_gradient"):
+        monkeypatch.setattr(Reference, name, noted(name))
+    return found
+
+
+# Step 0, 1, 2 and 3, and what comes home after them. Results ride from step 1 on, beside the shards.
+WITH_RIDES = "pcw pcsw ppcwsw pcws pw"
+
+
+@pytest.mark.parametrize(("num_queries", "forward"), [(40, "pcw pcw pcw c"), (4, WITH_RIDES)])  # 4 travel
+def test_a_step_computes_while_it_receives_and_waits_for_nothing_before_its_result_leaves(num_queries, forward, orders):
+    def work(group):
+        q, k = torch.randn(1, 2, num_queries // 4, 8), torch.randn(1, 2, 10, 8)
+        options = Options(kernel="reference")
+        out, lse = call.forward(group.transport, q, k, k, options)
+        call.backward(group.transport, out, None, (q, k, k, out, lse), options)
+
+    run_local(work, 4, timeout=60)
+    assert list(orders.values()) == [(forward + WITH_RIDES).replace(" ", "")] * 4
