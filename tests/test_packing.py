@@ -1,5 +1,7 @@
 """The layout of packed documents: every token once, equal lengths, equal work, few ranks that share a document."""
 
+import gc
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +16,7 @@ from ringspan import run_local
 from ringspan.layout import split
 from ringspan.packing import NEAR_ENOUGH, packed
 from ringspan.problem import KeyRanges, Mask
+from ringspan.schedule import ring as rings
 from ringspan.schedule.check import check
 from ringspan.schedule.ring import ring_schedule
 from ringspan.tiling import meet, tiles_between
@@ -76,6 +79,37 @@ def test_equal_documents_stay_where_they_are():
     assert packed((0, 10, 20, 30, 40), 4) == tuple((range(10 * rank, 10 * rank + 10),) for rank in range(4))
 
 
+def test_documents_of_nearly_equal_work_stay_where_they_are_too():
+    """9 of 10 tokens, 10 of 9: 10 / 9.5 would be too much, but a token sees itself: 11 / 10.5."""
+    cu_seqlens = (*range(0, 90, 10), *range(90, 181, 9))
+    assert packed(cu_seqlens, 2) == ((range(90),), (range(90, 180),))
+
+
+def test_a_document_that_goes_on_at_the_next_rank_is_work_there_too():
+    """As runs of equal length rank 0 has 21 + 15 + 1 pairs, and rank 1 has 14 + 36."""
+    cu_seqlens = (0, 6, 11, 16, 24)
+    assert max(work_of(runs, cu_seqlens) for runs in packed(cu_seqlens, 2)) < 50
+
+
+def test_a_rank_makes_the_tiles_that_it_computes_and_no_others(monkeypatch):
+    """Each holds an array of its rows; what other ranks compute is known without."""
+    cu_seqlens = long_tailed(3000, 0, 4.0)
+    mask, layout, made = Mask(3000, 3000, right=0, cu_seqlens=cu_seqlens), split("packed", 3000, 6, cu_seqlens), []
+    monkeypatch.setattr(rings, "tiles_between", lambda *args: (made.append(args[0]), tiles_between(*args))[1])
+    assert ring_schedule(mask, layout, layout, 2).steps
+    assert made == [layout.ranges(2)] * 6
+
+
+def test_only_the_schedules_of_few_masks_with_arrays_are_kept():
+    kept = []
+    for length in range(1, 30):
+        mask = Mask(60, 60, right=0, cu_seqlens=(0, length, 60))
+        layout = split("packed", 60, 3, mask.cu_seqlens)
+        kept.append(weakref.ref(ring_schedule(mask, layout, layout, 0)))
+    gc.collect()
+    assert sum(schedule() is not None for schedule in kept) <= 8
+
+
 @given(documents, st.integers(1, 5), st.sampled_from([0, -1]), st.sampled_from([-1, 0, 5]), st.booleans())
 def test_schedules_are_right(cu_seqlens, num_ranks, right, left, rides):
     total = cu_seqlens[-1]
@@ -86,7 +120,14 @@ def test_schedules_are_right(cu_seqlens, num_ranks, right, left, rides):
     for rank in range(num_ranks):
         for shard in range(num_ranks):
             ranges = layout.ranges(rank), layout.ranges(shard)
-            assert meet(*ranges, mask) == bool(tiles_between(*ranges, mask))
+            tiles = tiles_between(*ranges, mask)
+            assert meet(*ranges, mask) == bool(tiles)
+            if max(map(len, ranges)) > 2:  # of one tile: nobody computes what lies before and after all that is seen
+                for tile in tiles:
+                    lo, hi = tile.intervals().arrays()
+                    seeing = lo < hi
+                    assert seeing[0] and seeing[-1]
+                    assert tile.intervals().key_span() == (0, len(tile.keys))
 
 
 @given(documents, st.integers(1, 4), st.booleans(), st.data())

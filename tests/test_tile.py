@@ -222,3 +222,20 @@ def test_only_intervals_of_few_rows_are_kept():
         tile = Tile(range(num_rows), range(num_rows), 0, 0, mask)
         assert tile.intervals().band is None
         assert (tile.intervals() is tile.intervals()) == kept
+
+
+def test_the_intervals_of_a_tile_take_8_bytes_a_row():
+    visible = Tile(range(100), range(100), 0, 0, Mask(100, 100, cu_seqlens=(0, 7, 100))).intervals()
+    assert visible.lo.nbytes + visible.hi.nbytes == 8 * 100
+
+
+def test_keys_of_other_documents_need_no_intervals_to_be_left_out():
+    mask = Mask(100, 100, cu_seqlens=(0, 30, 60, 100))
+    for keys in (range(30), range(60, 100), range(70, 90)):
+        tile = Tile(range(30, 60), keys, 0, 0, mask)
+        assert tile.kind is Kind.EMPTY and tile.intervals().band is not None
+
+
+def test_bounds_of_int32_are_moved_into_a_block_however_far_they_reach():
+    lo, hi = (np.full(4, edge, np.int32) for edge in (np.iinfo(np.int32).min, np.iinfo(np.int32).max))
+    assert RowIntervals(4, 9, None, lo, hi).block(slice(1, 3), slice(2, 9)).kind is Kind.FULL
