@@ -251,6 +251,21 @@ def test_rings_under_ncclis_rules_are_exact(nccl, num_ranks):
         check(case, whole)
 
 
+def test_shards_of_two_lengths_travel_as_all_ranks_hold_them_in_memory(nccl):
+    """[.., D, T] too: the longer ones are longer in their last dim then."""
+    whole = Case(7, 2, 2, 8).tensors()[:4]
+
+    def work(transport, flip):
+        q, k, v, do = (x[:, :, held_by(transport, "contiguous", 7)] for x in whole)
+        k, v = (x.mT.contiguous().mT if flip else x for x in (k, v))
+        out, lse = call.forward(transport, q, k, v, Options())
+        return out, lse, *call.backward(transport, do, None, (q, k, v, out, lse), Options())
+
+    plain, flipped = (ranks(fake_nccl.World(3), lambda transport, flip=flip: work(transport, flip)) for flip in (0, 1))
+    for mine, expected in zip(flipped, plain, strict=True):
+        assert all(map(torch.equal, mine, expected))
+
+
 @pytest.mark.parametrize("case", [CASES[0], CASES[11], CASES[13], FEW_QUERIES])
 def test_streams_order_every_access_under_ncclis_rules(nccl, case):
     assert races_of(case) == []
