@@ -42,7 +42,7 @@ struct GradientScratch {
     bool finite_keys;
     float* key_rows;  // what ds weighs, of kItemKeys tokens
     QueryBlock block;
-    Fetch fetch;     // while a block is computed
+    Fetch fetch;     // what is fetched while a block is computed
     float* p;        // [query panel][kRows][kPanel] of one key tile
     float* ds;       // [query panel][kItemKeys][kPanel]
     float* ds_rows;  // as p, where dk reads ds in another order than dq

@@ -503,9 +503,9 @@ static void absorb_run(const AbsorbCall& call, const AbsorbItem& item, const Key
         }
         if (num_times == 0) continue;
         pack_block(run, item, call.bfloat16_pairs, first, last, block);
-        scratch.fetch = block.end < end ? fetch_block(run, item, block.end, end, num_times)
+        scratch.fetch = block.end < end            ? fetch_block(run, item, block.end, end, num_times)
                         : next && next->sizes.keys ? fetch_block(*next, item, 0, next->sizes.keys, num_times)
-                                        : Fetch{};
+                                                   : Fetch{};
         for (int i = 0; i < num_tiles; ++i) absorb_block(call, run, scratch.tiles[i], block, scratch.weights, scratch.fetch);
     }
 }

@@ -35,7 +35,8 @@ from ringspan.transport.streams import Streams, streams_in_use, streams_of, thre
 
 DEFAULT_TIMEOUT_S = 1800.0
 
-_getcpu = getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+# PyDLL keeps Python's lock: CDLL would hand it to another thread for a call of nanoseconds, and wait to have it back.
+_getcpu = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 _serial = itertools.count()
 _thread = threading.local()
 
@@ -332,9 +333,9 @@ def _move_to(core: int | None) -> None:
     """Moves this thread, which the scheduler may move on."""
     if core is None or core == _current_core():
         return
-    allowed = os.sched_getaffinity(0)
-    if core in allowed:
-        with contextlib.suppress(OSError):  # allowed no more
+    with contextlib.suppress(OSError):  # not allowed, or no more
+        allowed = os.sched_getaffinity(0)
+        if core in allowed:
             os.sched_setaffinity(0, {core})
             os.sched_setaffinity(0, allowed)
 
