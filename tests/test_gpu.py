@@ -400,6 +400,8 @@ def test_a_compiled_call_is_one_graph_and_gives_the_results_of_the_plain_one(dty
 def test_auto_takes_a_library_only_where_one_full_tile_is_all_that_rows_see(
     num_workers, causal, dtype, taken, monkeypatch
 ):
+    if not LIBRARIES[0].is_there():
+        pytest.skip("this torch has no cuDNN that may serve")
     calls: list[str] = []
     libraries = [counting(library, calls) for library in LIBRARIES]
     kernel = TorchCuda(table.TRITON, libraries, choose=lambda *_: "cudnn")

@@ -28,6 +28,13 @@ HALVES = (torch.bfloat16, torch.float16)
 CUDNN, FLASH = LIBRARIES
 
 
+def needs(library: Library) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not library.is_there(), reason=f"this torch has no {library.name} that may serve")
+
+
+each_library = pytest.mark.parametrize("library", [pytest.param(x, marks=needs(x), id=x.name) for x in LIBRARIES])
+
+
 @pytest.fixture(autouse=True)
 def on_the_gpu():
     with torch.device(DEVICE):
@@ -149,16 +156,18 @@ class OfALibrary(KernelBehaviour):
             assert self.kernel.declines(dtype, torch.device(device), dim), (dtype, device, dim)
 
 
+@needs(CUDNN)
 class TestCudnn(OfALibrary):
     kernel = forced(CUDNN)
 
 
+@needs(FLASH)
 class TestFlash(OfALibrary):
     kernel = forced(FLASH)
     head_dims = (8, 64, 128, 256)
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@each_library
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 64), (8, 2, 128), (6, 1, 128)])
 def test_each_library_serves_full_tiles_that_are_large_enough(library, dtype, heads, kv_heads, dim):
@@ -169,7 +178,7 @@ def test_each_library_serves_full_tiles_that_are_large_enough(library, dtype, he
     assert calls == [library.name]
 
 
-@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+@each_library
 def test_heads_that_lie_behind_tokens_are_read_in_place(library):
     """[B, T, H, D] in memory, as most models have it."""
     tile = make_tile(RowIntervals(2100, 300), batch=2, heads=4, kv_heads=2, dim=64, dtype=torch.bfloat16)

@@ -335,6 +335,12 @@ def test_without_triton_the_libraries_decline_and_say_why(monkeypatch):
         table.choose("triton", torch.bfloat16, torch.device("cuda"), 64)
 
 
+@pytest.mark.parametrize(("version", "there"), [(None, False), (91002, False), (91500, False), (91501, True)])
+def test_a_cudnn_that_torch_itself_would_not_choose_is_not_there(monkeypatch, version, there):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert torch_cuda._has_cudnn.__wrapped__() is there
+
+
 def test_a_torch_without_the_ops_is_declined_and_one_of_them_is_enough():
     def kernel(*there: bool) -> TorchCuda:
         libraries = [
@@ -382,8 +388,7 @@ def test_measurements_of_another_gpu_dtype_or_head_dim_do_not_count():
 
 def test_where_nothing_was_measured_estimates_decide():
     assert decide([]) == OWN
-    assert decide([], capability=BLACKWELL) == "cudnn"
-    assert decide([], capability=BLACKWELL, able=("flash",)) == OWN
+    assert decide([], capability=BLACKWELL) == OWN, "nobody has seen that cuDNN is right there"
     assert decide([], capability=AMPERE) == "flash"
     for capability in ((7, 5), (42, 0)):
         assert decide([], capability=capability) == OWN

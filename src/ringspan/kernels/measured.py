@@ -23,10 +23,11 @@ Choose = Callable[[Capability, torch.dtype, int, int, Collection[str]], str]
 OWN = "triton"
 TABLE_VARIABLE = "RINGSPAN_GPU_TABLE"
 
-# By major capability, fastest first. Hopper: measured on an H100, where our own kernel is as fast as cuDNN's and needs
-# no merge (docs/gpus.md). The others: estimates from published rates, until someone measures. (cuDNN is written for
-# Blackwell too; torch's flash attention is FlashAttention-2, written for Ampere.)
-_ESTIMATES = {8: ("flash", OWN), 9: (OWN,), 10: ("cudnn", OWN)}
+# By major capability, fastest first; our own where nothing is said. Hopper: measured on an H100, where our own kernel
+# is as fast as cuDNN's and needs no merge (docs/gpus.md). Ampere and Ada: an estimate from published rates, until
+# someone measures: torch's flash attention is FlashAttention-2, written for them. Blackwell: cuDNN should be faster,
+# but may have no plan there (pytorch 192843) or be wrong without a word (193893), and no one here has seen it run.
+_ESTIMATES = {8: ("flash",)}
 _FEWEST_KEYS = 1024  # below, the estimate is our own kernel: it needs no merge
 
 

@@ -59,7 +59,8 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 @cache
 def _has_cudnn() -> bool:
-    return (torch.backends.cudnn.version() or 0) >= 90000
+    """One that torch's own choice takes too: older ones fail where 128 does not divide the rows (pytorch 169849)."""
+    return (torch.backends.cudnn.version() or 0) >= 91501
 
 
 LIBRARIES = (
@@ -121,7 +122,7 @@ class TorchCuda(TileByTile):
             needed, got = (".".join(map(str, x)) for x in (_OLDEST_CAPABILITY, capability))
             return f"the libraries need compute capability {needed} (Ampere) or later, this GPU has {got}"
         if not any(library.is_there() for library in self._libraries.values()):
-            return "this torch was built without cuDNN 9 and without flash attention"
+            return "this torch was built without cuDNN 9.15.1 or later and without flash attention"
         if not self._able(head_dim):
             largest = max(library.largest_head_dim for library in self._libraries.values() if library.is_there())
             return f"the libraries serve head_dim in multiples of 8 up to {largest}, not {head_dim}"
