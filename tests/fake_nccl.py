@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
 SEND, RECEIVE = "send", "receive"
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+KNOWN = (*FLOATS, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
 
 
 class World:
@@ -152,6 +154,9 @@ def irecv() -> None: ...
 
 def batch_isend_irecv(operations: list) -> list[Work]:
     group = operations[0].group
+    for x in operations:
+        if x.tensor.dtype not in KNOWN and not x.tensor.is_complex():
+            raise TypeError(f"Input tensor data type is not supported for NCCL process group: {x.tensor.dtype}")
     what = {isend: SEND, irecv: RECEIVE}
     return [group.world.post(group.rank(), [(what[x.op], x.tensor, x.peer) for x in operations])]
 

@@ -16,7 +16,7 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS, opened, parcel_of, spec_o
 from whole import Case, check
 
 import ringspan
-from ringspan import call, execute
+from ringspan import call, execute, reshard
 from ringspan.agreement import Terms, agree
 from ringspan.arguments import Options
 from ringspan.layout import from_lengths, split
@@ -249,6 +249,18 @@ def test_rings_under_ncclis_rules_are_exact(nccl, num_ranks):
             order = torch.tensor([place for found in parts for place in found[name][0]]).argsort()
             whole[name] = torch.cat([found[name][1] for found in parts], 2)[:, :, order]
         check(case, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16, torch.complex64, torch.bool, torch.float32], ids=str)
+def test_tensors_of_dtypes_that_nccl_has_no_name_for_are_gathered_too(nccl, dtype):
+    whole = torch.arange(24).view(8, 3).to(dtype)
+
+    def work(transport):
+        mine = whole[transport.rank * 2 : transport.rank * 2 + 2 + 2 * (transport.rank == 2)]
+        return reshard._Unshard._gathered(transport, mine, 0, "contiguous", None, False)[0]
+
+    for found in ranks(fake_nccl.World(3), work):
+        assert found.dtype == dtype and torch.equal(found.view(torch.uint8), whole.view(torch.uint8))
 
 
 def test_shards_of_two_lengths_travel_as_all_ranks_hold_them_in_memory(nccl):

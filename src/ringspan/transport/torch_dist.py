@@ -49,6 +49,13 @@ _NO_STORE_S = 30.0  # how long a rank waits on where nobody can be told of a fai
 
 Operation = tuple[Callable, Tensor, int, int]  # isend or irecv, what, the peer in the ring, the tag
 
+# What torch has a name of NCCL's for, besides complex numbers. Others go as bytes: torch would raise between NCCL's
+# start and end of a batch, and every later transfer of this thread, of any group, would wait for that end.
+_OF_NCCL = (
+    *(torch.float32, torch.float64, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+)
+
 
 class TorchDistTransport(Transport):
     """This rank's end of a process group."""
@@ -108,7 +115,7 @@ class TorchDistTransport(Transport):
         self._met |= not on_cpu
         done = self.watch([work], _AGREEMENT_LANE, receives=True) if on_cpu else _Polled(work)
         self.wait([work], done, [None], lambda _: f"every rank to begin call {call}", call)
-        return [bytes(part.cpu().numpy()) for part in every]
+        return [part.tobytes() for part in torch.stack(every).cpu().numpy()]  # each copy from a GPU waits for it
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
         in_order = self.runs_in_order(device_type)
@@ -256,7 +263,8 @@ class _DistChannel(Channel):
     ) -> Iterator[Operation]:
         for place, x in enumerate(tensors):
             if x.numel():  # both ends know the sizes
-                yield what, x, peer, self._tag(index, lane, place)
+                as_bytes = self.in_order and x.dtype not in _OF_NCCL and not x.is_complex()
+                yield what, x.reshape(-1).view(torch.uint8) if as_bytes else x, peer, self._tag(index, lane, place)
 
     @contextmanager
     def together(self):
