@@ -156,6 +156,15 @@ def test_the_error_of_a_worker_comes_out_where_its_gpu_is_done_for(recorder, mon
         run_local(work, 1)
 
 
+def test_the_error_of_a_worker_comes_out_where_the_caller_s_gpu_is_done_for_too(recorder, monkeypatch):
+    def work(group):
+        monkeypatch.setattr(CudaStreams, "follow", lambda self, mark: 1 / 0)
+        raise ValueError("an illegal access")
+
+    with pytest.raises(ringspan.WorkerError, match="rank 0 of run_local raised ValueError: an illegal access"):
+        run_local(work, 1)
+
+
 def rings_inside_of_rings(recorder) -> list[tuple[str, list[str]]]:
     """Each worker's stream, and those of the ring that it runs, whose results it reads."""
 

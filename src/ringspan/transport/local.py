@@ -143,9 +143,13 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
         except BaseException as error:  # Ctrl-C in the caller, or no more threads: release the workers before leaving
             board.fail(None, error)
             raise
-    for end in ends:
-        streams.follow(end)
-    streams.hold([x for x in tree_leaves(results) if isinstance(x, torch.Tensor)])
+    try:
+        for end in ends:
+            streams.follow(end)
+        streams.hold([x for x in tree_leaves(results) if isinstance(x, torch.Tensor)])
+    except Exception:
+        if board.failure is None:  # else a GPU that is done for, and what it was that failed is told below
+            raise
     if board.failure is not None:
         _raise_failure(*board.failure)
     return results
