@@ -207,6 +207,16 @@ def test_delta_is_made_in_float32_of_inputs_of_16_bits(dtype, monkeypatch):
     assert relative_error(found[0], exact) < 1e-6
 
 
+def test_kernels_are_given_the_gradient_of_a_sum_as_rows_in_memory(monkeypatch):
+    """torch expands it from one number; Hopper's kernels read no strides of 0 and would leave it to a slower one."""
+    found = []
+    backward = call.execute.backward
+    monkeypatch.setattr(call.execute, "backward", lambda *args: (found.append(args[5]), backward(*args))[1])
+    q, k, v = tensors()
+    ringspan.ring_attention(q, k, v).sum().backward()
+    assert found[0].is_contiguous() and torch.equal(found[0], torch.ones_like(found[0]))
+
+
 def test_only_what_requires_grad_gets_one():
     q, k, v = tensors()
     k.requires_grad_(False)

@@ -132,6 +132,8 @@ def backward(
             job = _decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
         with running(transport):
             dtype = state_dtype(q.dtype)
+            if 0 in do.stride():  # of a sum, expanded: kernels read rows, Hopper's with strides that are not 0
+                do = do.contiguous()
             delta = (do.to(dtype) * out).sum(-1)
             if d_lse is not None:
                 delta -= d_lse

@@ -253,7 +253,7 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = _Cores(num_cores())
+        self.permits = _Cores(min(size, num_cores()))
         # Of workers on a GPU: threads that all launch would hand Python's lock to and fro with every operation.
         self.launching = _Permits(1)
         self.failure: tuple[int | None, BaseException] | None = None
