@@ -94,7 +94,8 @@ def chart(records: Sequence[Record], file: Path) -> None:
         panel.set_visible(False)
     for panel, record in zip(panels.flat, cells, strict=False):
         _panel(panel, record, names)
-    panels[0][0].set_yticks(range(len(names)), [name + " *" * found[name] for name in names], fontsize=8)
+    for panel in panels[:, 0]:  # the axis is shared, the size of its words is not
+        panel.set_yticks(range(len(names)), [name + " *" * found[name] for name in names], fontsize=8)
     panels[0][0].invert_yaxis()
     figure.suptitle(
         "Speed against torch's attention in one process with all cores\n"
