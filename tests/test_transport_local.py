@@ -9,7 +9,7 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS
 
 import ringspan
 from ringspan import run_local
-from ringspan.transport import local
+from ringspan.transport import cores as of_cores
 from ringspan.transport.contract import Parcel, spec_of
 from ringspan.transport.local import LocalTransport
 
@@ -112,15 +112,15 @@ def test_no_call_leaves_anything_at_its_group():
         assert not (box.parcels or box.num_readers or box.readers or box.read)
 
 
-@pytest.mark.skipif(local._getcpu is None, reason="threads cannot be moved here")
+@pytest.mark.skipif(of_cores._getcpu is None, reason="threads cannot be moved here")
 @pytest.mark.parametrize(("core", "moves"), [(0, []), (1, [(1, {0}), (1, {0, 1})])])
 def test_who_waits_for_a_core_goes_on_where_the_other_left(monkeypatch, core, moves):
     """And may be moved on from there; who need not wait stays where it is."""
     here, seen, waits = threading.local(), [], threading.Event()
     here.core = 0
-    monkeypatch.setattr(local, "_getcpu", lambda: here.core)
-    monkeypatch.setattr(local.os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(local.os, "sched_setaffinity", lambda _, cores: seen.append((here.core, cores)))
+    monkeypatch.setattr(of_cores, "_getcpu", lambda: here.core)
+    monkeypatch.setattr(of_cores.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(of_cores.os, "sched_setaffinity", lambda _, cores: seen.append((here.core, cores)))
 
     class Free(queue.Queue):
         def get(self, block=True, timeout=None):
@@ -128,7 +128,7 @@ def test_who_waits_for_a_core_goes_on_where_the_other_left(monkeypatch, core, mo
                 waits.set()
             return super().get(block, timeout)
 
-    cores = local._Cores(1)
+    cores = of_cores.Cores(1)
     cores._free = Free()
 
     def worker():

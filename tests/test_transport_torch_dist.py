@@ -20,8 +20,10 @@ from whole import Case, check, ring
 
 import ringspan
 from ringspan.kernels.table import KERNELS
-from ringspan.transport import segments, torch_dist
+from ringspan.transport import bulletin, segments, torch_dist
+from ringspan.transport.bulletin import WATCH_S, Bulletin
 from ringspan.transport.process_group import transport_of
+from ringspan.transport.waiter import Outcome
 
 
 def behave(rank, place):
@@ -194,10 +196,10 @@ class NamedGroup:
 
 def test_a_new_group_of_the_same_name_knows_nothing_of_the_failures_of_the_old_one():
     store = dist.HashStore()
-    old = torch_dist._Bulletin(NamedGroup(store, 0))
+    old = Bulletin(NamedGroup(store, 0))
     old.report(0, "no room")
     assert old.first_failure() == (0, "no room")
-    new = torch_dist._Bulletin(NamedGroup(store, 0))
+    new = Bulletin(NamedGroup(store, 0))
     assert new.first_failure() is None and old.first_failure() == (0, "no room")
 
 
@@ -241,7 +243,7 @@ def free_port():
 
 def wait_for_the_end_of(process, absorb, *args):
     assert select.select([process], [], [], 20)[0]
-    threading.Event().wait(5 * torch_dist._WATCH_S)  # so that rank 2, which waits for this one, looks for the store
+    threading.Event().wait(5 * WATCH_S)  # so that rank 2, which waits for this one, looks for the store
     absorb(*args)
 
 
@@ -268,13 +270,13 @@ class SilentStore:
 
 @pytest.mark.timeout(20)
 def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(torch_dist, "_STORE_S", 0.05)
+    monkeypatch.setattr(bulletin, "_STORE_S", 0.05)
     store = SilentStore()
-    bulletin = torch_dist._Bulletin(NamedGroup(store, 0))
+    left = Bulletin(NamedGroup(store, 0))
     try:
-        bulletin.report(0, "no room")
-        assert bulletin.first_failure() == (None, "the process group's store is gone (no answer)")
-        assert bulletin.roll_call(0, 2, 1) == ""
+        left.report(0, "no room")
+        assert left.first_failure() == (None, "the process group's store is gone (no answer)")
+        assert left.roll_call(0, 2, 1) == ""
     finally:
         store.goes_on.set()
 
@@ -286,7 +288,7 @@ def outlast_a_stopped_host(rank, port, in_place):
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2))
     if not in_place:
         segments.why_unsupported = lambda: "this test is of torch_dist"
-    torch_dist._STORE_S = 0.2
+    bulletin._STORE_S = 0.2
     pids: list = [None] * 2
     dist.all_gather_object(pids, os.getpid())
     q = torch.ones(1, 1, 4, 2)
@@ -355,10 +357,10 @@ def test_what_gloo_has_not_sent_when_a_rank_fails_does_not_arrive():
 def test_a_store_that_is_gone_does_not_outlast_the_groups_timeout():
     transport = object.__new__(torch_dist.TorchDistTransport)
     transport.rank, transport.size, transport.timeout_s = 1, 2, 0.1
-    transport._bulletin = torch_dist._Bulletin(NamedGroup(dist.HashStore(), 1))
+    transport._bulletin = Bulletin(NamedGroup(dist.HashStore(), 1))
     transport._bulletin.first_failure = lambda: (None, "the store is gone")
     with pytest.raises(ringspan.RankFailedError, match="the store is gone"):
-        transport.wait([], torch_dist._Outcome(), ["0"], lambda peer: f"rank {peer}")
+        transport.wait([], Outcome(), ["0"], lambda peer: f"rank {peer}")
 
 
 def call_on_a_destroyed_group(rank):

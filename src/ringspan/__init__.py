@@ -26,7 +26,8 @@ from ringspan.errors import (
 from ringspan.ring import Ring
 from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
 from ringspan.trace import trace
-from ringspan.transport.local import LocalGroup, run_local
+from ringspan.transport.local import LocalGroup
+from ringspan.transport.run_local import run_local
 from ringspan.transport.segments import empty_shared
 
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ from ringspan.commands.finish import finish
 from ringspan.commands.job import Job, Spent
 from ringspan.commands.memory import PeakMemory
 from ringspan.state import state_dtype
-from ringspan.transport.local import num_cores
+from ringspan.transport.cores import num_cores
 
 _PARTS = ("compute", "wait", "flight")
 

@@ -24,7 +24,7 @@ from ringspan.kernels import hopper_kernel, measured, native
 from ringspan.kernels.table import KERNELS, TRITON
 from ringspan.kernels.torch_cuda import LIBRARIES, serving
 from ringspan.transport import segments
-from ringspan.transport.local import num_cores
+from ringspan.transport.cores import num_cores
 
 _HEAD_DIM = 64
 _WIDE = 84  # columns; a terminal of fewer has no room for sentences in tables

@@ -24,7 +24,7 @@ from ringspan.commands.asked import Exit
 from ringspan.commands.job import Job, refuse_unwritable
 from ringspan.commands.report import complain
 from ringspan.errors import PeerRefusedError, RankFailedError, RingspanError, UnsupportedError
-from ringspan.transport.local import num_cores
+from ringspan.transport.cores import num_cores
 
 _HOST = "127.0.0.1"
 _STORY_CHARACTERS = 20_000

@@ -1,4 +1,4 @@
-"""Rings of threads in one process: the group, the current group of a thread, and `run_local`.
+"""Rings of threads in one process: the group, and the current group of a thread (run_local.py starts them).
 
 Nothing is copied: a parcel is handed over as references, and a rank leaves a call only when nobody reads its
 tensors any more. On a GPU every worker has a stream of its own, and it is the streams that wait for each other.
@@ -6,37 +6,21 @@ tensors any more. On a GPU every worker has a stream of its own, and it is the s
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
-import os
-import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves
-
-from ringspan.errors import (
-    ArgumentError,
-    PeerRefusedError,
-    RankFailedError,
-    RingspanError,
-    UnsupportedError,
-    WorkerError,
-    explain,
-)
+from ringspan.errors import ArgumentError, PeerRefusedError, RankFailedError, UnsupportedError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport
-from ringspan.transport.streams import Streams, streams_in_use, streams_of, threads_are_not_captured
+from ringspan.transport.cores import Cores, Permits, num_cores
+from ringspan.transport.streams import Streams, streams_of
 
 DEFAULT_TIMEOUT_S = 1800.0
 
-# PyDLL keeps Python's lock: CDLL would hand it to another thread for a call of nanoseconds, and wait to have it back.
-_getcpu = getattr(ctypes.PyDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
 _serial = itertools.count()
 _thread = threading.local()
 
@@ -44,7 +28,7 @@ _thread = threading.local()
 class LocalGroup:
     """What `run_local` hands to each worker: its place among the threads of one ring."""
 
-    def __init__(self, board: _Board, rank: int) -> None:
+    def __init__(self, board: Board, rank: int) -> None:
         self._board = board
         self._rank = rank
         self.transport = LocalTransport(board, rank)
@@ -86,86 +70,12 @@ def resolve_local(name: str) -> LocalGroup:
 
 def alone() -> LocalGroup:
     """A ring of one, for callers without a group."""
-    return LocalGroup(_Board(1, DEFAULT_TIMEOUT_S), 0)
-
-
-def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: float | None = None) -> list[Any]:
-    """Run ``fn(group, *args)`` in `num_workers` threads of this process, as the ranks of one ring.
-
-    `group.rank()` and `group.size()` tell a worker its place. Returns the workers' results, by rank. Grad mode,
-    inference mode and autocast of the caller hold in the workers. torch's threads are shared out over the workers while
-    they run. `timeout` bounds every wait of one worker for another, in seconds (default 1800). Where CUDA is in use,
-    each worker runs on a stream of its own of the caller's current device, after what the caller has launched; what
-    the caller launches next comes after them. For tensors on another GPU none of that holds: torch.cuda.set_device
-    first. Backward runs in the worker's own thread on every device. Workers
-    share torch's random number generator: make what all of them need before, or give each a torch.Generator.
-
-    If a worker raises, the others stop at their next exchange, and the first failure comes out: an error of
-    ringspan with its type and the rank added, any other exception as WorkerError raised from it.
-    """
-    if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
-        raise ArgumentError(
-            explain("num_workers must be an integer of at least 1.", got=repr(num_workers), fix="e.g. 4")
-        )
-    if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout <= threading.TIMEOUT_MAX):
-        most = f"of at most {threading.TIMEOUT_MAX:.0e}"
-        raise ArgumentError(explain(f"timeout must be a positive number of seconds {most}.", got=repr(timeout)))
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        raise threads_are_not_captured()
-    board = _Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))
-    groups = [LocalGroup(board, rank) for rank in range(num_workers)]
-    results: list[Any] = [None] * num_workers
-    carry, streams = _carried_modes(), streams_in_use()
-    begin, ends = streams.mark(), [None] * num_workers
-
-    def work(group: LocalGroup) -> None:
-        try:
-            with _entered(group), carry(), streams.own(group.rank()):
-                streams.follow(begin)
-                try:
-                    results[group.rank()] = fn(group, *args)
-                except BaseException as error:  # told here, since a GPU that is done for refuses the mark too
-                    board.fail(group.rank(), error)
-                ends[group.rank()] = streams.mark()
-        except BaseException as error:  # also KeyboardInterrupt: the others must not wait for this worker
-            board.fail(group.rank(), error)
-
-    threads = [
-        threading.Thread(target=work, args=(group,), name=f"ringspan-worker-{group.rank()}", daemon=True)
-        for group in groups
-    ]
-    with _thread_shares.shared_by(num_workers):
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        except BaseException as error:  # Ctrl-C in the caller, or no more threads: release the workers before leaving
-            board.fail(None, error)
-            raise
-    try:
-        for end in ends:
-            streams.follow(end)
-        streams.hold([x for x in tree_leaves(results) if isinstance(x, torch.Tensor)])
-    except Exception:
-        if board.failure is None:  # else a GPU that is done for, and what it was that failed is told below
-            raise
-    if board.failure is not None:
-        _raise_failure(*board.failure)
-    return results
-
-
-def _raise_failure(rank: int | None, error: BaseException) -> None:
-    if isinstance(error, RingspanError):
-        error.add_note(f"raised in rank {rank} of run_local")
-        raise error
-    if not isinstance(error, Exception):
-        raise error
-    raise WorkerError(f"rank {rank} of run_local raised {type(error).__name__}: {error}") from error
+    return LocalGroup(Board(1, DEFAULT_TIMEOUT_S), 0)
 
 
 @contextmanager
-def _entered(group: LocalGroup):
+def entered(group: LocalGroup):
+    """This thread is a worker of the group."""
     if not hasattr(_thread, "groups"):
         _thread.groups = []
     _thread.groups.append(group)
@@ -175,77 +85,7 @@ def _entered(group: LocalGroup):
         _thread.groups.pop()
 
 
-def _carried_modes() -> Callable[[], AbstractContextManager]:
-    """The caller's grad mode, inference mode and autocast, to be entered in another thread."""
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = [
-        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in ("cpu", "cuda")
-    ]
-    cache = torch.is_autocast_cache_enabled()
-
-    @contextmanager
-    def entered():
-        # autograd's own threads, one a device, would run the backward of all workers: the first one's wait for the
-        # others would never end.
-        with (
-            torch.inference_mode(inference),
-            torch.set_grad_enabled(grad),
-            torch.autograd.set_multithreading_enabled(False),
-        ):
-            contexts = [
-                torch.autocast(device, dtype=dtype, enabled=True, cache_enabled=cache)
-                for device, dtype, enabled in autocast
-                if enabled
-            ]
-            for context in contexts:
-                context.__enter__()
-            try:
-                yield
-            finally:
-                for context in reversed(contexts):
-                    context.__exit__(None, None, None)
-
-    return entered
-
-
-class _ThreadShares:
-    """torch.set_num_threads holds for a thread, and for those that start later: the first run_local sets it, and each
-    sets the number from before in its caller's thread, since others may have begun while it ran. Not a worker's: it has
-    its share.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth = 0
-        self._before = 0
-
-    @contextmanager
-    def shared_by(self, num_workers: int):
-        in_worker = current_group() is not None
-        entered = False
-        try:
-            with self._lock:
-                self._depth, entered = self._depth + 1, True
-                if self._depth == 1:
-                    self._before = torch.get_num_threads()
-                    torch.set_num_threads(max(1, self._before // num_workers))
-            yield
-        finally:
-            with self._lock:
-                self._depth -= entered
-                if not in_worker:
-                    torch.set_num_threads(self._before)
-
-
-_thread_shares = _ThreadShares()
-
-
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Board:
+class Board:
     """What the ranks of one local ring share."""
 
     def __init__(self, size: int, timeout_s: float) -> None:
@@ -253,9 +93,9 @@ class _Board:
         self.serial = next(_serial)
         self.timeout_s = timeout_s
         self.boxes = [_Mailbox() for _ in range(size)]
-        self.permits = _Cores(min(size, num_cores()))
+        self.permits = Cores(min(size, num_cores()))
         # Of workers on a GPU: threads that all launch would hand Python's lock to and fro with every operation.
-        self.launching = _Permits(1)
+        self.launching = Permits(1)
         self.failure: tuple[int | None, BaseException] | None = None
         self.agreements: dict[int, _Rendezvous] = {}
         self.lock = threading.Lock()
@@ -291,59 +131,6 @@ class _Board:
             box.changed.wait(left)
 
 
-class _Permits:
-    """A semaphore that costs a microsecond: threading's own is made of Python."""
-
-    def __init__(self, count: int) -> None:
-        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(None)
-
-    def take(self) -> None:
-        self._free.get()
-
-    def give_back(self) -> None:
-        self._free.put(None)
-
-    def __enter__(self) -> None:
-        self.take()
-
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
-
-
-class _Cores(_Permits):
-    """Permits to compute. Who waited for one goes on where the other left.
-
-    Left alone, Linux wakes it beside a thread that computes, as likely as not: no core is free at that moment. One
-    core then stays idle until the next tick (docs/decisions/0011-small-shards.md).
-    """
-
-    def take(self) -> None:
-        try:
-            self._free.get_nowait()
-        except queue.Empty:
-            _move_to(self._free.get())
-
-    def give_back(self) -> None:
-        self._free.put(_current_core())
-
-
-def _current_core() -> int | None:
-    return None if _getcpu is None else _getcpu()
-
-
-def _move_to(core: int | None) -> None:
-    """Moves this thread, which the scheduler may move on."""
-    if core is None or core == _current_core():
-        return
-    with contextlib.suppress(OSError):  # not allowed, or no more
-        allowed = os.sched_getaffinity(0)
-        if core in allowed:
-            os.sched_setaffinity(0, {core})
-            os.sched_setaffinity(0, allowed)
-
-
 def _who(rank: int | None) -> str:
     return "the caller of run_local" if rank is None else f"rank {rank}"
 
@@ -369,7 +156,7 @@ class _Rendezvous:
 class LocalTransport(Transport):
     """One rank's end of a board."""
 
-    def __init__(self, board: _Board, rank: int) -> None:
+    def __init__(self, board: Board, rank: int) -> None:
         super().__init__()
         self._board = board
         self.rank = rank
@@ -422,12 +209,12 @@ class _LocalChannel(Channel):
 
     def __init__(
         self,
-        board: _Board,
+        board: Board,
         call: int,
         members: tuple[int, ...],
         group_rank: int,
         streams: Streams,
-        permits: _Permits,
+        permits: Permits,
     ) -> None:
         self._streams = streams
         self._permits = permits

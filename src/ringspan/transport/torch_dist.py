@@ -14,14 +14,10 @@ wait. They know no tags and run in the order of their posting (docs/decisions/00
 from __future__ import annotations
 
 import contextlib
-import json
-import queue
 import re
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ringspan.errors import RankFailedError, UnsupportedError, explain
+from ringspan.transport.bulletin import WATCH_S, Bulletin
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, allocate, spec_of
+from ringspan.transport.waiter import Outcome, Waiter, stop_all
 
 # Tags of ringspan's messages: this bit, then call, step, lane and the tensor's place in its parcel.
 _TAG_BIT = 1 << 30
@@ -40,10 +38,7 @@ _CALLS, _STEPS, _LANES, _PLACES = 1 << 10, 1 << 14, 1 << 2, 1 << 3
 
 _AGREEMENT_LANE = -1
 
-_WATCH_S = 0.1  # how often a rank that waits looks at the failure key
 _POLL_S = 2e-5  # how often it asks an accelerator
-_ROLL_CALL_S = 1.0  # how long ranks that give up wait for each other's names
-_STORE_S = 5.0  # how long a rank waits for an answer of the store
 _NO_STORE_S = 30.0  # how long a rank waits on where nobody can be told of a failure any more
 
 
@@ -71,9 +66,9 @@ class TorchDistTransport(Transport):
         self._backends: dict[str, str | None] = {}  # by device type
         self._met = False  # on the accelerator
         self.timeout_s = _timeout_s(group)
-        self._bulletin = _Bulletin(group)
-        self._waiters: dict[tuple[int, bool], _Waiter] = {}
-        weakref.finalize(group, _stop, self._waiters)
+        self._bulletin = Bulletin(group)
+        self._waiters: dict[tuple[int, bool], Waiter] = {}
+        weakref.finalize(group, stop_all, self._waiters)
         self._num_calls = 0
         self._failure: str | None = None
         self.under_way: set[_Posted] = set()  # of gloo's
@@ -150,12 +145,12 @@ class TorchDistTransport(Transport):
         while self.under_way:
             self.under_way.pop().cut_off()
 
-    def watch(self, works: list, lane: int, receives: bool) -> _Outcome:
+    def watch(self, works: list, lane: int, receives: bool) -> Outcome:
         """Have a thread wait for the works from now on. Those of one lane that receive, and those that only send,
         are waited for in the order of their posting; that is the order in which the loop needs them."""
         if (lane, receives) not in self._waiters:
             what = f"lane-{lane}-{'receives' if receives else 'sends'}"
-            self._waiters[lane, receives] = _Waiter(f"ringspan-waits-{what}-of-group-{self.group.group_name}")
+            self._waiters[lane, receives] = Waiter(f"ringspan-waits-{what}-of-group-{self.group.group_name}")
         return self._waiters[lane, receives].wait_for(works)
 
     def order(self, works: list, waiting_for: str) -> None:
@@ -168,7 +163,7 @@ class TorchDistTransport(Transport):
             raise self.gave_up(waiting_for, _said(error), None) from error
 
     def wait(
-        self, works: list, done: _Outcome | _Polled, peers: list, waiting_for, roll_call: int | None = None
+        self, works: list, done: Outcome | _Polled, peers: list, waiting_for, roll_call: int | None = None
     ) -> None:
         """Block until the works are done, in their order; raise RankFailedError when that cannot be any more.
 
@@ -178,7 +173,7 @@ class TorchDistTransport(Transport):
         store_gone_at: float | None = None
         while True:
             try:
-                done.result(timeout=_WATCH_S)
+                done.result(timeout=WATCH_S)
                 return
             except FutureTimeout:
                 first = self._bulletin.first_failure()
@@ -323,7 +318,7 @@ class _Posted(Pending):
         self.works: list = []
         self.peers: list[int] = []
         self.refused: RuntimeError | None = None
-        self.done: _Outcome | None = None
+        self.done: Outcome | None = None
 
     def wait(self) -> list[Parcel]:
         def waiting_for(peer: int | str) -> str:
@@ -356,7 +351,7 @@ def _named(ranks: Sequence[int]) -> str:
 
 class _Polled:
     """A collective of an accelerator, asked again and again: its own wait would not let go of a caller who waits in
-    vain. The other end of an `_Outcome`."""
+    vain. The other end of an `Outcome`."""
 
     position = 0
 
@@ -372,147 +367,8 @@ class _Polled:
         self._work.wait()
 
 
-class _Outcome(Future):
-    """When works are done. position: the work that is being waited for; at_ns: when all were done."""
-
-    position = 0
-    at_ns: int | None = None
-
-
-def _stop(waiters: dict[Any, _Waiter]) -> None:
-    for waiter in waiters.values():
-        waiter.stop()
-
-
-class _Waiter:
-    """A thread that sits in gloo's waits, one list of works after the other, in the order of their posting."""
-
-    def __init__(self, name: str) -> None:
-        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
-        # A daemon: a thread inside gloo's wait must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, args=(self._jobs,), name=name, daemon=True)
-        self._thread.start()
-
-    def wait_for(self, works: list) -> _Outcome:
-        outcome = _Outcome()
-        self._jobs.put((works, outcome))
-        return outcome
-
-    def stop(self) -> None:
-        self._jobs.put(None)
-
-    @staticmethod
-    def _run(jobs: queue.SimpleQueue) -> None:
-        while (job := jobs.get()) is not None:
-            works, outcome = job
-            failure = work = None
-            try:
-                for outcome.position, work in enumerate(works):
-                    work.wait()
-            except Exception as error:  # gloo raises RuntimeError and DistBackendError
-                failure = error if isinstance(error, RuntimeError) else RuntimeError(str(error))
-            # The caller must be the last to hold the works: one that dies in this thread while the interpreter
-            # shuts down takes the process with it ("terminate called without an active exception").
-            del job, work, works
-            outcome.at_ns = time.perf_counter_ns()
-            if failure is None:
-                outcome.set_result(None)
-            else:
-                outcome.set_exception(failure)
-            del outcome, failure
-
-
-class _Bulletin:
-    """What ranks leave for each other in the group's store when something has gone wrong."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._store = _store(group)
-        self._name = f"ringspan/{group.group_name}"
-        self._is_silent = False
-        self._waiters: dict[Any, _Waiter] = {}
-        weakref.finalize(self, _stop, self._waiters)
-        # torch gives names anew after destroy_process_group, and a store of torchrun's agent stays: which life is it?
-        self.life = 0
-        with contextlib.suppress(RuntimeError):
-            self.life = self._ask(lambda store: store.add(f"{self._name}/lives/{group.rank()}", 1))
-
-    @property
-    def _prefix(self) -> str:
-        return f"{self._name}/{self.life}"
-
-    def _ask(self, what: Callable[[Any], Any]) -> Any:
-        """What the store answers; RuntimeError where it is gone. Its host may also have been stopped, and then most of
-        its answers would be waited for without a bound."""
-        if not self._waiters:
-            self._waiters["store"] = _Waiter(f"ringspan-asks-the-store-of-{self._name}")
-        question, bound_s = _Question(what, self._store), _WATCH_S if self._is_silent else _STORE_S
-        outcome = self._waiters["store"].wait_for([question])
-        try:
-            outcome.result(bound_s)
-        except FutureTimeout:
-            raise RuntimeError("no answer") from None
-        finally:
-            self._is_silent = not outcome.done()
-        return question.answer
-
-    def report(self, rank: int, reason: str) -> None:
-        """Leave this rank's failure, unless another rank was first."""
-        failure = json.dumps([rank, reason[:2000]])
-        with contextlib.suppress(RuntimeError):  # the store's host is gone: then nobody can be told
-            self._ask(lambda store: store.compare_set(f"{self._prefix}/failed", "", failure))
-
-    def first_failure(self) -> tuple[int | None, str] | None:
-        """(rank, reason) of the first that failed; (None, reason) where the store itself is gone."""
-        key = f"{self._prefix}/failed"
-        try:
-            found = self._ask(lambda store: store.get(key) if store.check([key]) else None)
-        except RuntimeError as error:
-            return None, f"the process group's store is gone ({str(error).splitlines()[0]})"
-        if found is None:
-            return None
-        rank, reason = json.loads(found)
-        return rank, reason
-
-    def roll_call(self, rank: int, size: int, call: int) -> str:
-        """Which ranks did not come to a call, as words to add to a message; bounded by _ROLL_CALL_S."""
-        keys = [f"{self._prefix}/gave-up/{call}/{other}" for other in range(size)]
-
-        def absent(store: Any) -> list[str]:
-            store.set(keys[rank], "here")
-            with contextlib.suppress(RuntimeError):  # not everybody came: the usual case
-                store.wait(keys, timedelta(seconds=_ROLL_CALL_S))
-            return [str(other) for other, key in enumerate(keys) if not store.check([key])]
-
-        try:
-            ranks = self._ask(absent)
-        except RuntimeError:
-            return ""
-        return f" (no sign of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)})" if ranks else ""
-
-
-class _Question:
-    """What a `_Waiter` can wait for."""
-
-    answer: Any = None
-
-    def __init__(self, what: Callable[[Any], Any], store: Any) -> None:
-        self._what, self._store = what, store
-
-    def wait(self) -> None:
-        self.answer = self._what(self._store)
-
-
 def _accelerator() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _store(group: dist.ProcessGroup) -> Any:
-    """The group's store, on a connection of its own: gloo may sit in a blocking get on the first one."""
-    store = group.get_group_store()
-    try:
-        return store.clone()  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):  # a HashStore
-        return dist.PrefixStore("", store)  # not itself: that it goes tells that the group was destroyed
 
 
 def _gloo_of(group: dist.ProcessGroup) -> Any:
