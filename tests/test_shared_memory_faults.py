@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import gc
+import itertools
 import os
 import pathlib
 import resource
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,6 +70,7 @@ LACKS = {
     "memfd forbidden": lambda patch: patch.setattr(os, "memfd_create", refused(errno.ENOSYS)),
     "no pidfd": lambda patch: patch.setattr(os, "pidfd_open", refused(errno.EPERM)),
     "no files left": lambda patch: patch.setattr(os, "pipe2", refused(errno.EMFILE)),
+    "many words about it": lambda patch: patch.setattr(os, "pipe2", refused(errno.EMFILE, "ü" * 2000)),
     "no boot id": lambda patch: boot_id(patch, refused(errno.ENOENT)),
     "no room": lambda patch: patch.setattr(os, "posix_fallocate", refused(errno.ENOSPC)),
     "another host": lambda patch: boot_id(patch, lambda: "elsewhere"),
@@ -74,9 +78,9 @@ LACKS = {
 }
 
 
-def refused(number):
+def refused(number, words=None):
     def refuse(*_):
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, words or os.strerror(number))
 
     return refuse
 
@@ -346,6 +350,137 @@ def test_a_rank_that_destroys_the_group_is_not_waited_for(held_by):
     _, *others = results(run_processes(leave_while_others_wait, 3, held_by, group_timeout_s=600, limit_s=60))
     for told in others:  # one notices, and the other may hear of it from there
         assert "gave up waiting for rank 0 to begin call" in told and "the process group was destroyed there" in told
+
+
+def ends(num_ranks):
+    """The ends of one group in one process; what would ask each other by torch.distributed only counts."""
+    inboxes = [inbox.Inbox() for _ in range(num_ranks)]
+    memory = [segments.create(inbox.Page.SIZE) for _ in range(num_ranks)]
+    found = []
+    for rank in range(num_ranks):
+        beside = SimpleNamespace(rank=rank, size=num_ranks, fail=lambda error: None)
+        beside.begin_call = itertools.count(1).__next__
+        others = [other for other in range(num_ranks) if other != rank]
+        links = [inbox.Link(other, os.getpid(), inboxes[other].write_end) for other in others]
+        pages = {other: inbox.Page(x) for other, x in enumerate(memory)}
+        found.append(shared_memory.SharedMemoryTransport(beside, 10, inboxes[rank], links, pages))
+    return found
+
+
+def come(transport, call):
+    """A rank's part of an agreement, without its wait for the others."""
+    while transport._call < call:
+        transport.begin_call()
+    for rank in transport.links:
+        transport._send(rank, shared_memory._AGREEMENT, call, bytes([transport.rank]))
+
+
+def meet(transport, call=1):
+    while transport._call < call:
+        transport.begin_call()
+    return transport.agree(call, bytes([transport.rank]))
+
+
+def test_what_a_rank_sent_before_it_left_counts_though_both_come_to_light_at_once():
+    mine, other = ends(2)
+    read, answers = mine._inbox.read, iter([True])
+
+    def read_before_it_comes():
+        found = read()
+        if next(answers, False):
+            come(other, 1)
+            shared_memory._say_left(1, os.getpid(), other._page, ())
+        return found
+
+    mine._inbox.read = read_before_it_comes
+    assert meet(mine) == [b"\0", b"\1"]
+
+
+def test_what_a_rank_sent_before_its_process_went_counts():
+    mine, other = ends(2)
+    mine._inbox.sleep = lambda *_: (come(other, 1), mine.links[1])[1]
+    assert meet(mine) == [b"\0", b"\1"]
+    mine._inbox.sleep = lambda *_: mine.links[1]
+    with pytest.raises(ringspan.RankFailedError, match=r"waiting for rank 1 (.|\n)*its process .* is gone"):
+        meet(mine, 2)
+
+
+def test_a_rank_that_ends_well_while_another_is_still_waited_for_is_not_missed():
+    """Its last record and its end may be seen in one moment, by a rank that was not on a core meanwhile."""
+    mine, second, third = ends(3)
+    happens = iter([lambda: (come(second, 1), mine.links[1])[1], lambda: come(third, 1)])
+    mine._inbox.sleep = lambda *_: next(happens)()
+    assert meet(mine) == [b"\0", b"\1", b"\2"]
+
+
+def test_a_call_that_a_rank_has_done_its_part_of_is_not_spoiled_by_its_next_one():
+    mine, other = ends(2)
+    come(other, 1)
+    come(other, 2)
+    other.fail(ValueError("out of luck"))
+    assert meet(mine) == [b"\0", b"\1"]
+    with pytest.raises(ringspan.RankFailedError, match="rank 1 failed first: ValueError: out of luck"):
+        meet(mine, 2)
+
+
+def test_of_the_calls_that_were_given_up_the_earliest_counts():
+    mine, second, third = ends(3)
+    for transport, number in ((second, 1), (third, 1), (third, 2)):
+        come(transport, number)
+    second.fail(ValueError("in the first call"))  # all its answers are there, and its tensors may be overwritten
+    third.fail(ValueError("in the second call"))
+    with pytest.raises(ringspan.RankFailedError, match="rank 1 failed first: ValueError: in the first call"):
+        meet(mine)
+
+
+def test_a_failure_is_told_however_long_its_reason_is_and_outlasts_its_rank():
+    mine, other = ends(2)
+    come(other, 1)
+    while other.links[0].send(inbox.Record(shared_memory._AGREEMENT, 1, -1, bytes(inbox.LARGEST_BODY))):
+        pass  # the last words of a failure and of an end have no room in the pipe, and one page for both
+    other.fail(ValueError("ü" * 5000 + "\udcff"))  # a letter that UTF-8 does not have, as in a name of a file
+    del other
+    gc.collect()
+    with pytest.raises(ringspan.RankFailedError, match="rank 1 failed first: ValueError: üü"):
+        meet(mine)
+
+
+def test_last_words_of_which_a_part_is_not_there_yet_are_looked_for_again():
+    mine, other = ends(2)
+    other._page.say(inbox.Record(shared_memory._LEFT, 1, 0, b""))
+    other._page._bytes[20] ^= 1
+    mine._collect()
+    other._page._bytes[20] ^= 1
+    with pytest.raises(ringspan.RankFailedError, match="the process group was destroyed there"):
+        meet(mine)
+
+
+def test_a_forked_child_that_lets_go_of_a_group_does_not_say_that_its_parent_left(monkeypatch):
+    mine, other = ends(2)
+    come(other, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        del other
+        gc.collect()
+    assert meet(mine) == [b"\0", b"\1"] and not mine._left
+
+
+def test_what_is_no_pipe_is_no_way_to_a_rank_and_leaves_nothing_open():
+    memory, before = segments.create(100), open_files()
+    for number in (segments.Whereabouts.of(memory).fd, 1 << 20):
+        with pytest.raises(OSError):  # noqa: PT011 (of several kinds)
+            inbox.Link(1, os.getpid(), number)
+    assert open_files() == before
+
+
+def test_a_pipe_takes_records_over_a_users_quota_too_and_after_its_reader_went(monkeypatch):
+    monkeypatch.setattr(fcntl, "fcntl", refused(errno.EPERM))
+    box, record = inbox.Inbox(), inbox.Record(3, 1, 5, b"words")
+    link = inbox.Link(1, os.getpid(), box.write_end)
+    assert link.send(record) and link.send(record) and box.read() == [record, record]
+    box.close()
+    assert link.send(record)
+    link.close()
 
 
 def test_last_words_are_read_whole_or_not_at_all():
@@ -642,6 +777,19 @@ def test_lengths_that_change_from_call_to_call_do_not_pile_up():
         pool.end_call(number)
         del memory
         assert mappings() - before <= 2, "that of this call, and one that is no larger"
+
+
+def test_memory_that_eight_calls_did_not_use_is_let_go():
+    """However little it is beside what they use."""
+    pool, before = segments.Pool(), mappings()
+    used, idle = pool.take(8 * MIB), pool.take(4096)
+    pool.give_back(idle, 1)
+    del idle
+    for number in range(1, 10):
+        assert mappings() - before == 2
+        pool.give_back(used, number)
+        pool.end_call(number)
+    assert mappings() - before == 1
 
 
 def grow(rank):

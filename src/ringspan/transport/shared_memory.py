@@ -266,7 +266,7 @@ class SharedMemoryTransport(Transport):
                 return
             if self._failed_first is not None:
                 raise self._gave_up(missing(), what_for, None)
-            if gone is not None:
+            if gone is not None and gone.rank in missing():  # else it has done its part, and may end
                 raise self._gave_up([gone.rank], what_for, f"its process {gone.pid} is gone")
             if self._left and (left := self._left.intersection(missing())):
                 raise self._gave_up(left, what_for, "no answer: the process group was destroyed there")
