@@ -731,6 +731,15 @@ def test_what_is_left_is_the_least_of_the_host_and_its_containers(tmp_path):
     assert segments.memory_left(tmp_path) == 120 << 10
     write("sys/fs/cgroup/memory/memory.limit_in_bytes", "60000\n")  # a container's own, under the path of the host
     assert segments.memory_left(tmp_path) == 10_000
+    write("sys/fs/cgroup/memory/memory.stat", "cache 7\n")  # of a sandbox that tells less
+    assert segments.memory_left(tmp_path) == 10_000
+    (tmp_path / "sys/fs/cgroup/memory/memory.usage_in_bytes").unlink()
+    (tmp_path / "sys/fs/cgroup/memory/memory.usage_in_bytes").mkdir()  # not to be read, for whatever reason
+    assert segments.memory_left(tmp_path) == 120 << 10
+    write("sys/fs/cgroup/memory.max", "70000\n")
+    write("sys/fs/cgroup/memory.current", "65000\n")
+    write("sys/fs/cgroup/memory.stat", "anon 65000\n")
+    assert segments.memory_left(tmp_path) == 5000, "the other groups count"
 
 
 def test_a_number_that_means_another_segment_by_now_is_not_mapped():

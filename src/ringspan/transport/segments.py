@@ -144,7 +144,8 @@ def _left_in(group: Path, kind: _Groups) -> float:
         held = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:  # no limit here
         return math.inf
-    return int(limit) - used + sum(int(held[f"{kind.stat}{which}_file"]) for which in ("inactive", "active"))
+    # A sandbox may tell less than Linux does.
+    return int(limit) - used + sum(int(held.get(f"{kind.stat}{which}_file", 0)) for which in ("inactive", "active"))
 
 
 def open_peer(pid: int, fd: int, size: int, serial: int) -> Tensor:
