@@ -385,11 +385,11 @@ def test_an_abort_of_nccl_names_the_rank_that_was_waited_for_and_the_first_that_
         raise RuntimeError("NCCL communicator was aborted.\nmore")
 
     def work(transport):
-        channel = transport.channel(transport.begin_call(), range(2))
+        channel = transport.channel(transport.begin_call(), (1, 0))  # not in the order of the group
         if transport.rank == 1:
             transport.fail(ValueError("out of luck"))
             return None
-        pending = channel.post(0, 0, [(1, parcel_of(0))], [(1, spec_of(parcel_of(1)))])
+        pending = channel.post(0, 0, [(0, parcel_of(0))], [(0, spec_of(parcel_of(1)))])
         pending.works[0].wait = aborted
         while transport._bulletin.first_failure() is None:
             time.sleep(0.001)
@@ -402,6 +402,22 @@ def test_an_abort_of_nccl_names_the_rank_that_was_waited_for_and_the_first_that_
     told = ranks(world, work)[0]
     assert "waiting for rank 1 in step 0 of call 1" in told and "communicator was aborted." in told
     assert "rank 1 failed first: ValueError: out of luck" in told and "more" not in told
+
+
+def test_transfers_that_cannot_be_posted_are_told_where_they_are_waited_for(nccl, monkeypatch):
+    def closed(operations):
+        raise RuntimeError("Connection closed by peer")
+
+    def work(transport):
+        channel = transport.channel(transport.begin_call(), range(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(fake_nccl.fake_dist, "batch_isend_irecv", closed)
+            pending = channel.post(0, 0, [(0, parcel_of(0))], [(0, spec_of(parcel_of(0)))])
+        with pytest.raises(ringspan.RankFailedError, match=r"rank 0 in step 0(.|\n)*Connection closed by peer"):
+            pending.wait()
+        return True
+
+    assert ranks(fake_nccl.World(1), work) == [True]
 
 
 def test_a_failure_elsewhere_ends_the_wait_for_an_agreement_on_the_accelerator(nccl):

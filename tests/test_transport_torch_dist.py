@@ -95,7 +95,8 @@ def groups_in_groups(rank):
     pair = dist.new_group([1, 2])
     q = torch.randn(1, 1, 4, 8)
     if rank in (1, 2):
-        ringspan.ring_attention(q, q, q, group=pair)
+        outs = [ringspan.ring_attention(q, q, q, group=pair, transport=name) for name in ("auto", "torch_dist")]
+        assert torch.equal(*outs)
     else:
         with pytest.raises(ValueError, match="does not contain this rank"):
             ringspan.ring_attention(q, q, q, group=pair)
@@ -146,7 +147,7 @@ def test_spmd_rings_run_side_by_side_on_one_process_group():
 
 
 def buffers_of_a_call(rank):
-    """How many buffers a forward and a backward over gloo allocate."""
+    """How many buffers a forward and a backward over gloo allocate, and what is under way afterwards."""
     made = []
     allocate = torch_dist.allocate
     torch_dist.allocate = lambda spec: made.append(spec) or allocate(spec)
@@ -154,13 +155,13 @@ def buffers_of_a_call(rank):
     out = ringspan.ring_attention(q, q, q, transport="torch_dist")
     forward = len(made)
     out.sum().backward()
-    return forward, len(made) - forward
+    return forward, len(made) - forward, len(transport_of(dist.group.WORLD).torch_dist.under_way)
 
 
 def test_buffers_ping_pong():
     """The shard in use and the one that arrives; in the backward gradients too, one arriving, in work and leaving."""
-    for forward, backward in results(run_processes(buffers_of_a_call, 5)):
-        assert forward == 2 and backward <= 2 + 3
+    for forward, backward, under_way in results(run_processes(buffers_of_a_call, 5)):
+        assert forward == 2 and backward <= 2 + 3 and not under_way
 
 
 def many_calls(rank):
@@ -185,6 +186,25 @@ def test_many_calls_leave_no_file_and_no_thread_behind():
     results(run_processes(many_calls, 3))
 
 
+def threads_of_a_group(rank):
+    """Those that wait for gloo and for the store, and which of them go on after the group is destroyed."""
+    before, group = set(threading.enumerate()), dist.new_group([0, 1])
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    ringspan.ring_attention(q, q, q, group=group, transport="torch_dist").sum().backward()
+    made = [thread for thread in threading.enumerate() if thread not in before and "ringspan" in thread.name]
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    for thread in made:
+        thread.join(10)
+    return [thread.name.split("-of-")[0] for thread in made], [thread.name for thread in made if thread.is_alive()]
+
+
+def test_a_group_that_is_destroyed_takes_its_threads_with_it():
+    for names, alive in results(run_processes(threads_of_a_group, 2)):
+        assert {"ringspan-waits-lane-0-receives", "ringspan-asks-the-store"} <= set(names) and not alive, alive
+
+
 class NamedGroup:
     """What the bulletin of a group needs of it."""
 
@@ -203,11 +223,22 @@ def test_a_new_group_of_the_same_name_knows_nothing_of_the_failures_of_the_old_o
     assert new.first_failure() is None and old.first_failure() == (0, "no room")
 
 
+def test_of_several_failures_the_first_counts_however_long_its_reason_is():
+    store = dist.HashStore()
+    bulletins = [torch_dist._Bulletin(NamedGroup(store, rank)) for rank in range(2)]
+    bulletins[1].report(1, "ü" * 5000)
+    bulletins[0].report(0, "gave up waiting for rank 1")
+    for bulletin in bulletins:
+        rank, reason = bulletin.first_failure()
+        assert rank == 1 and reason.startswith("üüü")
+
+
 def settle(rank):
-    transport = transport_of(dist.group.WORLD).torch_dist
-    transport._bulletin.life += rank  # as if rank 1 had made calls on a group of that name before, and rank 0 none
-    transport.settle_life()
-    return transport._bulletin.life
+    transport = transport_of(dist.group.WORLD)
+    bulletin = transport.torch_dist._bulletin
+    bulletin.life += rank  # as if rank 1 had made calls on a group of that name before, and rank 0 none
+    transport.begin_call()
+    return bulletin.life
 
 
 def test_ranks_agree_on_how_many_groups_had_the_name():

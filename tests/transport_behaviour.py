@@ -85,6 +85,17 @@ def tensors_of_any_strides_arrive_as_they_look(transport: Transport) -> None:
     channel.close()
 
 
+def negated_and_conjugated_views_arrive_as_they_look(transport: Transport) -> None:
+    channel = opened(transport)
+    numbers = [torch.complex(torch.arange(4.0), torch.full((4,), 1.0 + rank)) for rank in range(NUM_RANKS)]
+    looks = [Parcel((torch._neg_view(x.real.contiguous()), x.conj().imag, x.conj())) for x in numbers]
+    up, down = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
+    (arrived,) = channel.post(0, 0, [(up, looks[channel.rank])], [(down, spec_of(looks[down]))]).wait()
+    assert same(arrived, looks[down])
+    channel.release(arrived)
+    channel.close()
+
+
 def after_close_the_owner_may_overwrite_what_it_sent(transport: Transport) -> None:
     """Rank 2 reads late. What it read must still be what was sent."""
     channel = opened(transport)
@@ -130,6 +141,7 @@ BEHAVIOURS = (
     a_parcel_goes_round_the_ring_and_comes_home,
     posting_does_not_wait_for_the_other_side,
     tensors_of_any_strides_arrive_as_they_look,
+    negated_and_conjugated_views_arrive_as_they_look,
     after_close_the_owner_may_overwrite_what_it_sent,
     a_ring_of_some_ranks_counts_in_its_own_order,
     computing_can_be_entered_again_and_again,
