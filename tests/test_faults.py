@@ -51,10 +51,13 @@ REFUSALS = {
     "dtype mix": (lambda q, k, v: ((q, k.double(), v), {}), TypeError, "share one dtype"),
     "heads": (lambda q, k, v: ((q[:, :1], k, v), {}), ValueError, "multiple of the number of key/value heads"),
     "k, v shapes": (lambda q, k, v: ((q, k, v[:, :, 1:]), {}), ValueError, "k and v must have one shape"),
+    "k, v heads": (lambda q, k, v: ((q, k, v[:, :1]), {}), ValueError, "k and v must have one shape"),
+    "k, v batches": (lambda q, k, v: ((q, k, v.expand(2, -1, -1, -1)), {}), ValueError, "k and v must have one shape"),
     "head_dim": (lambda q, k, v: ((q[..., 1:], k, v), {}), ValueError, "one head_dim"),
     "layout": (lambda q, k, v: ((q, k, v), dict(layout="spiral")), ValueError, "layout is unknown"),
     "kernel": (lambda q, k, v: ((q, k, v), dict(kernel="abacus")), ValueError, "kernel is unknown"),
     "window": (lambda q, k, v: ((q, k, v), dict(window_size=(-2, 0))), ValueError, "at least -1"),
+    "window on the right": (lambda q, k, v: ((q, k, v), dict(window_size=(0, -2))), ValueError, "at least -1"),
     "window type": (lambda q, k, v: ((q, k, v), dict(window_size=7)), TypeError, "two integers"),
     "scale": (lambda q, k, v: ((q, k, v), dict(softmax_scale=float("nan"))), ValueError, "must be finite"),
     "documents start": (lambda q, k, v: ((q, k, v), dict(cu_seqlens=[1, 24])), ValueError, "begin with 0"),
@@ -108,6 +111,11 @@ REFUSALS = {
         lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.tensor([[0, 9]] * 24)] * 2)),
         ValueError,
         "must not overlap",
+    ),
+    "ranges that overlap the last but one": (
+        lambda q, k, v: ((q, k, v), dict(key_ranges=[torch.tensor([[at, at + 2]] * 24) for at in (0, 4, 1)])),
+        ValueError,
+        "those at 0 and 2 do",
     ),
     "ranges of three": (
         lambda q, k, v: ((q, k, v), dict(key_ranges=torch.zeros(24, 3).int())),
@@ -234,6 +242,23 @@ def test_ranks_in_different_functions_are_told_that_and_nothing_else():
         return str(caught.value).count("the ranks disagree on")
 
     assert run_local(work, 2, timeout=30) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (lambda at: dict(window_size=(at, 3)), r"\(left, right\)\.\n  got  \[5, 3\] on rank 0; \[6, 3\]"),
+        (lambda at: dict(cu_seqlens=[0, at, 16]), "cu_seqlens"),
+        (lambda at: dict(key_ranges=torch.tensor([[0, at]] * 16)), "key_ranges"),
+        (lambda at: dict(key_ranges=[torch.tensor([[0, 1]] * 16), torch.tensor([[2, at]] * 16)]), "key_ranges"),
+    ],
+)
+def test_ranks_whose_masks_differ_in_a_number_are_told(options, words):
+    def work(group):
+        with pytest.raises(ringspan.DisagreementError, match=words):
+            ringspan.ring_attention(*shards(), **options(5 + group.rank()))
+
+    run_local(work, 2, timeout=30)
 
 
 def test_ranks_that_name_other_transports_are_told():
@@ -604,6 +629,7 @@ def test_the_refusal_comes_out_of_run_local_and_not_what_tells_of_it():
     with pytest.raises(ringspan.ArgumentError, match="zigzg") as told:
         run_local(work, 3)
     assert not isinstance(told.value, ringspan.PeerRefusedError)
+    assert told.value.__notes__ == ["raised in rank 2 of run_local"]
 
 
 def test_a_reader_that_is_waited_for_is_named(monkeypatch):
@@ -692,6 +718,30 @@ def call_twice_at_once(rank):
 def test_a_call_beside_another_on_one_group_is_refused_on_every_rank():
     _, (told,) = results(run_processes(call_twice_at_once, 2, group_timeout_s=20, limit_s=60))
     assert "rank 0 failed first: UnsupportedError: a call began on a group while another was under way" in told
+
+
+@pytest.mark.parametrize("what", ["ring_attention", "its backward", "unshard", "the backward of unshard"])
+def test_every_call_is_refused_beside_another(what):
+    def work(group):
+        q, k, v = (x.requires_grad_() for x in shards())
+        attend, unshard = lambda: ringspan.ring_attention(q, k, v), lambda: ringspan.unshard(q, 2)
+        out = attend() if what.startswith("its") else unshard()
+        with group.transport.one_call():
+            {"ring_attention": attend, "unshard": unshard}.get(what, lambda: out.sum().backward())()
+
+    with pytest.raises(ringspan.UnsupportedError, match="while another was under way"):
+        run_local(work, 1)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_worker_without_being_an_error_comes_out_as_it_is(kind):
+    def work(group):
+        if group.rank() == 1:
+            raise kind
+        ringspan.ring_attention(*shards())
+
+    with pytest.raises(kind):
+        run_local(work, 2, timeout=20)
 
 
 def test_what_was_read_of_a_worker_that_failed_meanwhile_is_no_result(monkeypatch):
