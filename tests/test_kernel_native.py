@@ -14,6 +14,7 @@ import ringspan
 from ringspan import _native
 from ringspan.kernels.native import Native, NativeRounded
 from ringspan.kernels.table import UNROUNDED, choose
+from ringspan.kernels.threads import limited_to, num_threads
 from ringspan.state import SoftmaxState
 from ringspan.tile import Band, RowIntervals
 
@@ -205,3 +206,28 @@ def test_the_spmd_entries_keep_float32_weights_for_the_bound_of_their_contract()
 def test_where_it_is_required_a_missing_module_is_a_failure():
     done = run_without_module(RINGSPAN_REQUIRE_NATIVE="1")
     assert done.returncode != 0 and "ringspan._native" in done.stderr
+
+
+def test_it_computes_with_as_many_threads_as_it_is_told(monkeypatch):
+    asked = []
+    for name in ("absorb_runs", "absorb_gradient"):
+        inner = getattr(_native, name)
+        counting = lambda *args, inner=inner, **options: (asked.append(options["num_threads"]), inner(*args, **options))  # noqa: E731
+        monkeypatch.setattr(_native, name, counting)
+    tile = make_tile(RowIntervals(5, 7))
+    for told in (1, 3, 10**9):
+        with limited_to(told):
+            backward(Native(), tile)
+    assert asked == [1, 1, 3, 3, 1024, 1024], "one forward and one backward each, and no more than there may be"
+
+
+def test_a_limit_of_threads_ends_with_its_block_however_that_ends():
+    plain = num_threads()
+    with limited_to(7):
+        with pytest.raises(ZeroDivisionError), limited_to(3):
+            _ = num_threads() / 0
+        assert num_threads() == 7
+        with limited_to(None):
+            assert num_threads() == plain
+        assert num_threads() == 7
+    assert num_threads() == plain
