@@ -262,3 +262,24 @@ def test_where_sinks_alone_require_grad_the_backward_of_a_rank_is_its_own_affair
         return ringspan.ring_attention(*whole(8)[:3], sinks=SINKS).shape
 
     assert run_local(work, 2, timeout=20) == [(2, HEADS, 8, HEAD_DIM)] * 2
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_sinks_may_have_a_dtype_of_their_own(kind):
+    tensors = whole(20)
+    found = ring(tensors, SINKS.to(kind))
+    expected = ring(tensors, SINKS)
+    assert found["lse"].dtype == torch.float32 and found["dsinks"].dtype == kind
+    torch.testing.assert_close(found.pop("dsinks"), expected.pop("dsinks").to(kind), rtol=2**-7, atol=1e-6)
+    assert all(torch.equal(x, expected[name]) for name, x in found.items())
+
+
+def test_a_gradient_of_sinks_is_summed_in_float32_of_inputs_of_16_bits():
+    """It has the rounding of out alone: of what is known of out and lse here, it is made to float32's digits."""
+    q, k, v, do, _ = whole(200, torch.bfloat16)
+    sinks = SINKS.clone().requires_grad_()
+    out, lse = ringspan.ring_attention(q, k, v, sinks=sinks, return_lse=True)
+    out.backward(do)
+    terms = torch.exp(sinks.double().unsqueeze(-1) - lse) * (do.double() * out.double()).sum(-1)
+    bound = 1e-5 * terms.abs().sum((0, 2))
+    assert ((sinks.grad + terms.sum((0, 2))).abs() <= bound).all()
