@@ -3,6 +3,7 @@
 import threading
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from definition import OUT_BOUNDS, attention, bound_of_lse, bound_of_out, relative_error
@@ -363,6 +364,30 @@ def test_a_second_derivative_of_unshard_is_refused():
     (grad,) = torch.autograd.grad(full.pow(3).sum() + x.square().sum(), x, create_graph=True)
     with pytest.raises(ringspan.UnsupportedError, match="differentiable once"):
         torch.autograd.grad(grad.sum(), x)
+
+
+def test_complex_tensors_are_unsharded_and_differentiated():
+    def work(group):
+        x = torch.full((2,), complex(group.rank(), 1), requires_grad=True)
+        full = ringspan.unshard(x, 0)
+        full.backward(torch.full_like(full, 1j * (1 + group.rank())))
+        return full.tolist(), x.grad.tolist()
+
+    assert run_local(work, 2) == [([1j, 1j, 1 + 1j, 1 + 1j], [3j, 3j])] * 2
+
+
+def test_documents_may_be_a_list_whatever_the_default_device_is():
+    q, k, v = torch.randn(3, 1, 2, 12, 8).unbind(0)
+    expected = ringspan.ring_attention(q, k, v, cu_seqlens=[0, 5, 12])
+    with torch.device("meta"):
+        assert torch.equal(ringspan.ring_attention(q, k, v, cu_seqlens=[0, 5, 12]), expected)
+        assert torch.equal(ringspan.shard(q, 2, cu_seqlens=[0, 5, 12]), q)
+
+
+def test_a_window_may_be_an_array():
+    q, k, v = torch.randn(3, 1, 2, 12, 8).unbind(0)
+    expected = ringspan.ring_attention(q, k, v, window_size=(3, 1))
+    assert torch.equal(ringspan.ring_attention(q, k, v, window_size=np.array([3, 1])), expected)
 
 
 @pytest.mark.parametrize("dtype", OUT_BOUNDS)

@@ -81,6 +81,12 @@ def test_nonsense_is_refused_where_it_is_used():
         Ring("spiral").shard(torch.ones(3), 0)
     with pytest.raises(ringspan.RingspanError, match="cu_seqlens"):
         Ring("packed").positions(TOKENS)
+    ring, x = Ring(group="world"), whole()
+    for use in (lambda: ring.shard(x[0], 2), lambda: ring.unshard(x[0], 2), lambda: ring.positions(TOKENS)):
+        with pytest.raises(ringspan.ArgumentTypeError, match="group is not a group"):
+            use()
+    with pytest.raises(ringspan.ArgumentTypeError, match="group is not a group"):
+        ring.attention(*x)
 
 
 def test_a_block_that_is_given_rings_of_other_documents_is_one_graph_and_compiled_at_most_twice():
