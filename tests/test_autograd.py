@@ -248,11 +248,12 @@ def test_modes_of_the_caller_hold_in_the_workers_and_torch_threads_are_restored(
     before = torch.get_num_threads(), threading.active_count()
 
     def modes(group):
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+        autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
 
     assert run_local(modes, 2) == [(True, False, False)] * 2
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        assert run_local(modes, 2) == [(False, False, True)] * 2
+        assert run_local(modes, 2) == [(False, False, torch.float16)] * 2
     with torch.inference_mode():
         assert run_local(modes, 2) == [(False, True, False)] * 2
         out = run_local(lambda group: ringspan.ring_attention(*(x.detach() for x in tensors())), 2)

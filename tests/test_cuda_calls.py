@@ -21,6 +21,7 @@ from ringspan.tile import Band, RowIntervals
 from ringspan.transport import local
 from ringspan.transport.contract import Transport
 from ringspan.transport.local import alone
+from ringspan.transport.process_group import ProcessGroupTransport
 from ringspan.transport.streams import streams_of
 
 
@@ -92,6 +93,14 @@ def test_a_call_that_was_not_made_before_its_capture_is_refused(capturing):
     with pytest.raises(NotImplementedError, match=r"no call with these arguments(.|\n)*once.*before the capture"):
         begin(transport)
     begin(transport, agreement=False)
+
+
+def test_what_was_not_compared_is_not_taken_for_agreed_on_in_a_capture(capturing):
+    transport = Recording(length=5)
+    begin(transport, agreement=False)
+    capturing.on = True
+    with pytest.raises(NotImplementedError, match="no call with these arguments before"):
+        begin(transport)
 
 
 def test_a_capture_is_refused_where_calls_alike_met_other_lengths_elsewhere(capturing):
@@ -309,6 +318,13 @@ def refused_by_gloo(rank):
 
 def test_a_group_without_nccl_refuses_cuda_tensors():
     results(run_processes(refused_by_gloo, 2))
+
+
+def test_shared_memory_that_is_asked_for_refuses_cuda_tensors():
+    transport = object.__new__(ProcessGroupTransport)
+    transport.why_not_shared = None  # it serves those of CPUs
+    with pytest.raises(UnsupportedError, match=r"cannot serve this call(.|\n)*the tensors are on cuda"):
+        transport.channel(1, range(2), "shared_memory", "cuda")
 
 
 def test_a_mask_whose_copy_a_graph_would_not_repeat_is_not_captured(monkeypatch):

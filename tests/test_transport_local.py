@@ -35,6 +35,29 @@ def test_parcels_are_handed_over_without_a_copy():
     run_local(work, 2, timeout=30)
 
 
+def test_a_reader_is_counted_before_it_can_find_what_it_reads():
+    """Or the owner could leave the call meanwhile."""
+
+    def work(group):
+        box = group.transport._board.boxes[0]
+
+        class Parcels(dict):
+            def update(self, found):
+                assert box.num_readers == {1: 2}
+                super().update(found)
+
+        channel, mine = group.transport.channel(group.transport.begin_call(), range(3)), Parcel((torch.zeros(4),))
+        if channel.rank == 0:
+            box.parcels = Parcels()
+            channel.post(0, 0, [(1, mine), (2, mine)])
+        else:
+            (arrived,) = channel.post(0, 0, (), [(0, spec_of(mine.tensors))]).wait()
+            channel.release(arrived)
+        channel.close()
+
+    run_local(work, 3, timeout=30)
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e10, "60"])
 def test_a_timeout_that_no_wait_can_have_is_refused(timeout):
     with pytest.raises(ringspan.ArgumentError, match="timeout must be"):
