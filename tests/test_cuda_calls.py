@@ -169,6 +169,15 @@ def test_documents_are_refused_in_a_capture_and_the_group_goes_on(backward, monk
     assert run_local(work, 1) == [True]
 
 
+def test_bounds_of_the_spmd_entries_are_refused_in_a_capture(monkeypatch):
+    for name in ("_is_captured", "captures"):
+        monkeypatch.setattr(call, name, lambda _: True)
+    x, bound = torch.randn(1, 2, 8, 4), torch.zeros(2, 8, 1)
+    options = dict(use_causal_mask=True, striped_input=True, softmax_scale=1.0, tp_q=True, tp_k=True)
+    with pytest.raises(UnsupportedError, match="mask cannot be captured"):
+        ringspan.ring_attention_spmd_fwd(x, x, x, bound_min=bound, bound_max=bound + 1, **options)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_kernel_that_waits_for_the_gpu_under_a_mask_is_not_captured_and_the_group_goes_on(backward, monkeypatch):
     captured = SimpleNamespace(on=False)

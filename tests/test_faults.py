@@ -29,7 +29,7 @@ def errors(endings):
 
 # Each of these is what one rank does differently, and what the message must say on every rank.
 DISAGREEMENTS = {
-    "head_dim": (dict(head_dim=5), {}, "disagree on head_dim"),
+    "head_dim": (dict(head_dim=5, value_dim=4), {}, "disagree on head_dim.\n"),
     "dtype": (dict(dtype=torch.bfloat16), {}, "disagree on dtype"),
     "heads": (dict(heads=3), {}, "disagree on the number of query heads"),
     "key heads": (dict(kv_heads=1), {}, "disagree on the number of key/value heads"),
@@ -630,6 +630,19 @@ def test_the_refusal_comes_out_of_run_local_and_not_what_tells_of_it():
         run_local(work, 3)
     assert not isinstance(told.value, ringspan.PeerRefusedError)
     assert told.value.__notes__ == ["raised in rank 2 of run_local"]
+
+
+def test_the_first_failure_comes_out_of_run_local_and_not_what_followed_from_it():
+    def work(group):
+        if group.rank() == 0:
+            raise ValueError("first")
+        try:
+            ringspan.ring_attention(*shards())
+        except ringspan.RankFailedError:
+            raise KeyError("of the cleaning up") from None
+
+    with pytest.raises(ringspan.WorkerError, match=r"rank 0 .*ValueError: first"):
+        run_local(work, 3, timeout=20)
 
 
 def test_a_reader_that_is_waited_for_is_named(monkeypatch):
