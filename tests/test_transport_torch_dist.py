@@ -225,20 +225,20 @@ def test_a_new_group_of_the_same_name_knows_nothing_of_the_failures_of_the_old_o
 
 def test_of_several_failures_the_first_counts_however_long_its_reason_is():
     store = dist.HashStore()
-    bulletins = [torch_dist._Bulletin(NamedGroup(store, rank)) for rank in range(2)]
-    bulletins[1].report(1, "ü" * 5000)
-    bulletins[0].report(0, "gave up waiting for rank 1")
-    for bulletin in bulletins:
-        rank, reason = bulletin.first_failure()
+    both = [Bulletin(NamedGroup(store, rank)) for rank in range(2)]
+    both[1].report(1, "ü" * 5000)
+    both[0].report(0, "gave up waiting for rank 1")
+    for left in both:
+        rank, reason = left.first_failure()
         assert rank == 1 and reason.startswith("üüü")
 
 
 def settle(rank):
     transport = transport_of(dist.group.WORLD)
-    bulletin = transport.torch_dist._bulletin
-    bulletin.life += rank  # as if rank 1 had made calls on a group of that name before, and rank 0 none
+    left = transport.torch_dist._bulletin
+    left.life += rank  # as if rank 1 had made calls on a group of that name before, and rank 0 none
     transport.begin_call()
-    return bulletin.life
+    return left.life
 
 
 def test_ranks_agree_on_how_many_groups_had_the_name():
