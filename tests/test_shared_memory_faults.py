@@ -260,7 +260,7 @@ def test_a_rank_that_is_interrupted_while_it_waits_is_named_to_the_others(work):
 
 def interrupt_first_meeting(rank):
     """When the others have all answers already, and go on by pipes."""
-    exchange, answers = shared_memory._exchange, []
+    exchange, answers = shared_memory.exchange, []
 
     def exchange_and_interrupt(*args):
         answers.append(exchange(*args))
@@ -269,7 +269,7 @@ def interrupt_first_meeting(rank):
         return answers[-1]
 
     if rank == 0:
-        shared_memory._exchange = exchange_and_interrupt
+        shared_memory.exchange = exchange_and_interrupt
         with pytest.raises(KeyboardInterrupt):
             ringspan.ring_attention(*shards(rank))
         store().wait(["told/1", "told/2"])

@@ -14,7 +14,7 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS, opened, parcel_of, same, 
 from whole import Case, check, ring
 
 import ringspan
-from ringspan.transport import segments, shared_memory
+from ringspan.transport import segments
 from ringspan.transport.process_group import transport_of
 
 
@@ -133,7 +133,7 @@ def without_access(rank, blind):
         def refuse(*_):
             raise PermissionError(13, "Permission denied")
 
-        shared_memory.segments.open_peer = refuse
+        segments.open_peer = refuse
     out = ringspan.ring_attention(*shards(rank))
     with pytest.raises(ringspan.UnsupportedError) as caught:
         ringspan.ring_attention(*shards(rank), transport="shared_memory")

@@ -13,26 +13,23 @@ import itertools
 import json
 import math
 import os
-import secrets
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ringspan.errors import RankFailedError, SharedMemoryFullError, explain
-from ringspan.transport import segments
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, spec_of
 from ringspan.transport.inbox import Inbox, Link, Page, Record
+from ringspan.transport.introduction import Introduction, exchange
 from ringspan.transport.segments import Mappings, Pool, Whereabouts, contiguous_view, laid_out, segment_of, view
 
 _AGREEMENT, _PARCEL, _RELEASED, _FAILED, _LEFT = range(5)  # kinds of records
 _LONGEST_SLEEP_S = 1.0  # until what others say in their pages is looked at again
-_INTRODUCTION_BYTES = 512
 
 
 def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
@@ -42,13 +39,13 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
     the same on every rank.
     """
     with contextlib.ExitStack() as undo:
-        me = _Introduction(beside.rank, undo)
-        everyone = _exchange(beside, me.words)
+        me = Introduction(beside.rank, undo)
+        everyone = exchange(beside, me.words)
         if unable := [f"rank {rank}: {words['no']}" for rank, words in enumerate(everyone) if words["no"]]:
             return unable[0]
         links, reason = me.meet(everyone, undo)
         try:
-            reasons = [answer["no"] for answer in _exchange(beside, {"no": reason})]
+            reasons = [answer["no"] for answer in exchange(beside, {"no": reason})]
             if any(reasons):
                 return next(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
             undo.pop_all()
@@ -56,74 +53,6 @@ def connect(beside: Transport, timeout_s: float) -> SharedMemoryTransport | str:
         except BaseException as error:  # the others may have all answers, and wait for this rank's records by now
             me.pages[me.rank].say(_failure(me.rank, 0, f"{type(error).__name__}: {error}"))
             raise
-
-
-def _exchange(beside: Transport, words: dict[str, Any]) -> list[dict[str, Any]]:
-    message = json.dumps(words, ensure_ascii=False).encode(errors="replace")
-    assert len(message) <= _INTRODUCTION_BYTES
-    answers = beside.agree(beside.begin_call(), message.ljust(_INTRODUCTION_BYTES))
-    return [json.loads(answer) for answer in answers]
-
-
-def _short(error: BaseException) -> str:
-    return str(error)[: _INTRODUCTION_BYTES // 5]  # whatever the alphabet
-
-
-class _Introduction:
-    """What one rank says of itself, and a page with a number in it that the others must find there.
-
-    What goes wrong here is said too: whoever raised now would leave the others waiting.
-    """
-
-    inbox: Inbox
-    pages: dict[int, Page]  # by rank, this one's among them
-
-    def __init__(self, rank: int, undo: contextlib.ExitStack) -> None:
-        self.rank = rank
-        self.words: dict[str, Any] = {"no": segments.why_unsupported()}
-        if self.words["no"] is None:
-            try:
-                self._introduce(undo)
-            except SharedMemoryFullError as error:
-                self.words = {"no": _short(error.__cause__ or error)}
-            except OSError as error:
-                self.words = {"no": _short(error)}
-
-    def _introduce(self, undo: contextlib.ExitStack) -> None:
-        self.inbox = Inbox()
-        undo.callback(self.inbox.close)
-        memory, nonce = segments.create(Page.SIZE), secrets.randbits(60)
-        page = Page(memory)
-        page.nonce = nonce
-        self.pages = {self.rank: page}
-        segment = segments.segment_of(memory)
-        assert segment is not None
-        self.words |= {
-            "host": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            "pid": os.getpid(),
-            "pipe": self.inbox.write_end,
-            "page": [segment.fd, len(segment), segment.serial],
-            "nonce": nonce,
-        }
-
-    def meet(self, everyone: Sequence[dict[str, Any]], undo: contextlib.ExitStack) -> tuple[list[Link], str | None]:
-        """The ways to all others, or why there is none."""
-        links: list[Link] = []
-        for rank, words in enumerate(everyone):
-            if words["host"] != self.words["host"]:
-                return links, f"rank {rank} is on another host"
-            try:
-                page = Page(segments.open_peer(words["pid"], *words["page"]))
-                if page.nonce != words["nonce"]:
-                    return links, f"process {words['pid']} is not rank {rank} here"
-                if rank != self.rank:
-                    self.pages[rank] = page
-                    links.append(Link(rank, words["pid"], words["pipe"]))
-                    undo.callback(links[-1].close)
-            except OSError as error:
-                reason = error.strerror or str(error)
-                return links, f"cannot open the memory of rank {rank}, process {words['pid']}: {reason}"[:200]
-        return links, None
 
 
 class SharedMemoryTransport(Transport):
