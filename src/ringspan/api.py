@@ -86,6 +86,7 @@ def ring_attention(
 
     Args:
         q: [B, H, T_local, D], this rank's queries; bfloat16, float16, float32 or float64; any strides.
+            Autocast casts q, k and v to its dtype, which out then has too; it leaves float64 alone.
         k: [B, K, S_local, D], v: [B, K, S_local, E], this rank's keys and values; E is D unless values are shorter or
             longer than keys. H a multiple of K, and query head h reads key/value head h // (H / K), without
             expanding k and v. Lengths may differ between ranks, and may be 0.
