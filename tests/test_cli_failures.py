@@ -220,7 +220,7 @@ def test_the_library_loads_no_extra_and_the_command_without_it_says_what_to_inst
     )
     ended = command(program=("-c", code))
     assert ended.status == 2 and ended.out == "[]\n"
-    assert ended.err == "ringspan: the command line needs typer; pip install 'ringspan[cli]'\n"
+    assert ended.err == "ringspan: the command line needs typer; pip install rich safetensors typer\n"
 
 
 def test_version_and_help_are_for_people(ringspan):

@@ -140,7 +140,7 @@ def say_all(found: list[Record], file: Path | None) -> None:
         try:
             report.chart(found, file.with_suffix(".png"))
         except ImportError as error:
-            say(f"no chart: {error} (pip install 'ringspan[bench]')")
+            say(f"no chart: {error} (pip install matplotlib)")
 
 
 def say(text: str) -> None:
