@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2, help="for the curve over tokens")
     parser.add_argument("--tokens", type=int, default=16384, help="for the curve over workers")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="writes OUT.txt and OUT.png (matplotlib: pip install matplotlib)")
+    parser.add_argument("--out", help="writes OUT.txt and OUT.png (pip install matplotlib)")
     parser.add_argument("--quick", action="store_true", help="short sequences, few rounds")
     args = parser.parse_args()
     if args.quick:
