@@ -24,6 +24,9 @@ def test_a_place_may_be_given_instead_of_a_group():
     for no_integer in (2.5, True):
         with pytest.raises(ringspan.ArgumentTypeError, match="num_tokens must be an integer"):
             ringspan.positions(no_integer)
+    with pytest.raises(ringspan.ArgumentTypeError, match="num_tokens must be an integer") as told:
+        ringspan.positions(torch.randn(30, 30))  # not all that it holds
+    assert len(str(told.value)) < 300
     with pytest.raises(ringspan.ArgumentError, match="rank must be at least 0"):
         ringspan.shard(x, 0, rank=-1, num_ranks=3)
     with pytest.raises(ringspan.ArgumentError, match="a place is a group, or rank and num_ranks"):

@@ -307,7 +307,7 @@ def _index(name: str, value: Any, at_least: int) -> int:
     except TypeError:
         found = None
     if found is None or isinstance(value, bool):
-        raise ArgumentTypeError(explain(f"{name} must be an integer.", got=repr(value)))
+        raise ArgumentTypeError(explain(f"{name} must be an integer.", got=repr(value)[:200]))
     if found < at_least:
         raise ArgumentError(explain(f"{name} must be at least {at_least}.", got=str(found)))
     return found

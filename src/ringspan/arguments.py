@@ -213,7 +213,7 @@ def normalised_options(
     """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""
     check_name(layout)
     if not isinstance(causal, bool):
-        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal), fix="bool(...)"))
+        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal)[:200], fix="bool(...)"))
     if not isinstance(agreement, bool):
         raise ArgumentTypeError(explain("agreement must be a bool.", got=repr(agreement)))
     left, right = _window(window_size)
@@ -242,13 +242,15 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
         left, right = window_size if isinstance(window_size, (Sequence, np.ndarray)) else ()
     except (TypeError, ValueError):
         raise ArgumentTypeError(
-            explain("window_size must be two integers (left, right).", got=repr(window_size), fix="(-1, -1) is none")
+            explain(
+                "window_size must be two integers (left, right).", got=repr(window_size)[:200], fix="(-1, -1) is none"
+            )
         ) from None
     for side in (left, right):
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
             fix = "int(...) of each"
             raise ArgumentTypeError(
-                explain("window_size must be two integers (left, right).", got=repr(window_size), fix=fix)
+                explain("window_size must be two integers (left, right).", got=repr(window_size)[:200], fix=fix)
             )
         if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
