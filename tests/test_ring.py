@@ -323,6 +323,24 @@ def test_a_layout_that_nobody_can_unshard_is_refused_and_all_can_go_on(layout, w
     assert run_local(work, 2, timeout=30) == [[0, 0, 1, 1]] * 2
 
 
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (dict(layout="striped"), "only the shard lengths of its own rule"),
+        (dict(layout="zigzag"), "only the shard lengths of its own rule"),
+        (dict(cu_seqlens=(0, 6)), "cu_seqlens must end at the number of tokens"),
+    ],
+)
+def test_lengths_that_a_layout_does_not_have_are_refused_by_unshard_and_all_can_go_on(place, words):
+    def work(group):
+        x = torch.full((1 + 3 * group.rank(),), float(group.rank()))
+        with pytest.raises(ringspan.ArgumentError, match=words):
+            ringspan.unshard(x, 0, **place)
+        return ringspan.unshard(x, 0).tolist()
+
+    assert run_local(work, 2, timeout=30) == [[0, 1, 1, 1, 1]] * 2
+
+
 def test_gradients_of_unshard_are_summed_in_float32():
     """Each of the small ones alone is lost beside 1 in bfloat16; together they are its next number."""
 

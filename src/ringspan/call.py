@@ -97,7 +97,7 @@ def forward(
 
     with on_device_of(q), transport.one_call():
         channel, agreed, number = begin(transport, check, options.agreement, ring)
-        with _interruption_told(transport):
+        with interruption_told(transport):
             _check_capture(q, v, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
@@ -127,7 +127,7 @@ def backward(
 
     with on_device_of(q), transport.one_call():
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
-        with _interruption_told(transport):
+        with interruption_told(transport):
             _check_capture(q, v, options, ring)
             job = _decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
         with running(transport):
@@ -185,7 +185,7 @@ def begin(
     """
     terms: Terms | RingspanError
     members = ring.members(transport)
-    with _interruption_told(transport):
+    with interruption_told(transport):
         try:
             terms = check()
         except Exception as error:  # whatever it is, the others must hear of it now and not wait
@@ -203,7 +203,7 @@ def begin(
 
 
 @contextmanager
-def _interruption_told(transport: Transport):
+def interruption_told(transport: Transport):
     """Around what fails on every rank alike, if it fails: only an interruption must be told, for the others go on."""
     try:
         yield
@@ -257,7 +257,7 @@ def refuse(transport: Transport, error: Exception, *given: object) -> NoReturn:
     given: what was passed for its tensors.
     """
     refusal = _refusal(error)
-    with on_device_of(*given), transport.one_call(), _interruption_told(transport):
+    with on_device_of(*given), transport.one_call(), interruption_told(transport):
         agree(transport, transport.begin_call(), refusal)
     raise refusal
 

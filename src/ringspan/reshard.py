@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import documents_of
-from ringspan.call import begin, documents_in_words, on_device_of, running
+from ringspan.call import begin, documents_in_words, interruption_told, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.state import state_dtype
@@ -127,8 +127,9 @@ class _Unshard(torch.autograd.Function):
     ) -> tuple[Tensor, int]:
         asked = dim, layout, documents
         channel, agreed, number = _begin(transport, "unshard", x, x.shape[dim], *asked, differentiated)
-        with running(transport):
+        with interruption_told(transport):  # lengths that the layout does not have are every rank's refusal
             places = from_lengths(layout, agreed.query_lengths, documents)
+        with running(transport):
             full = x.new_empty((*x.shape[:dim], places.num_tokens, *x.shape[dim + 1 :]))
             _put(full, dim, places.ranges(channel.rank), x)
             mine = Parcel((x,))  # one for all, since shared memory holds a copy of each until `close`
