@@ -143,12 +143,13 @@ def test_what_has_arrived_before_its_posting_is_over_has_flown_for_no_time():
     assert flight.begin_ns == flight.end_ns == pending.arrived_ns and records[0].flight_s == 0
 
 
-def test_a_trace_that_cannot_be_written_is_refused_before_the_work_on_every_rank(tmp_path):
+@pytest.mark.parametrize("folder", ["nowhere", "no\udcffwhere"], ids=["a name", "a name that is no text"])
+def test_a_trace_that_cannot_be_written_is_refused_before_the_work_on_every_rank(tmp_path, folder):
     q = torch.randn(1, 1, 4, 2)
 
     def work(group):
         refused = pytest.raises(ringspan.ArgumentError, match="the trace cannot be written")
-        with refused as told, ringspan.trace(tmp_path / "nowhere" / "trace.json"):
+        with refused as told, ringspan.trace(tmp_path / folder / "trace.json"):
             ringspan.ring_attention(q, q, q)
         return isinstance(told.value, ringspan.PeerRefusedError)
 

@@ -174,7 +174,7 @@ def _pack(call: int, terms: Terms | RingspanError) -> bytes:
     else:
         head = (0, call, terms.num_queries, terms.num_keys, terms.flipped, terms.forward, terms.place)
         text = json.dumps(terms.common, separators=(",", ":"))
-    body = text.encode()
+    body = text.encode(errors="replace")  # a path may hold what is no text
     if len(body) > _TEXT_BYTES:
         assert head[0], f"the terms of a call take {len(body)} bytes, {_TEXT_BYTES} are there"
         body = body[: _TEXT_BYTES - 3] + b"..."
