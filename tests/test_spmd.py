@@ -345,6 +345,10 @@ def test_mixtures_of_torch_and_numpy_and_bad_cores_are_refused():
     x = torch.randn(1, 2, 4, 8)
     with pytest.raises(TypeError, match="cannot be mixed"):
         ring_attention_spmd_fwd(x, x.numpy(), x.mT)
+    array = x.numpy()
+    masked = np.ma.masked_array(array.swapaxes(2, 3), mask=True)
+    with pytest.raises(TypeError, match="k must not be a masked array"):
+        ring_attention_spmd_fwd(array.swapaxes(2, 3), masked, array)
     for lnc in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="lnc must be"):
             ring_attention_spmd_fwd[lnc]

@@ -33,6 +33,12 @@ def to_torch(name: str, x: Any) -> Tensor:
         return x.resolve_neg()  # kernels read memory as it lies
     if not isinstance(x, np.ndarray):
         raise ArgumentTypeError(explain(f"{name} must be a torch tensor or a NumPy array.", got=str(type(x))))
+    if isinstance(x, np.ma.MaskedArray):
+        raise ArgumentTypeError(
+            explain(
+                f"{name} must not be a masked array: its mask would be ignored.", got=str(type(x)), fix="x.filled(...)"
+            )
+        )
     if not (x.flags.writeable and x.flags.aligned) or any(stride < 0 for stride in x.strides):
         x = x.copy()
     if x.dtype.name == "bfloat16":
