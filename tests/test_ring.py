@@ -323,6 +323,14 @@ def test_a_layout_that_nobody_can_unshard_is_refused_and_all_can_go_on(layout, w
     assert run_local(work, 2, timeout=30) == [[0, 0, 1, 1]] * 2
 
 
+@pytest.mark.parametrize("name", ["causal", "window_size", "return_lse", "agreement", "kernel"])
+def test_a_tensor_in_the_place_of_something_else_is_not_shown_whole(name):
+    q = torch.randn(1, 2, 4, 8)
+    with pytest.raises(ringspan.ArgumentTypeError, match=f"{name} must be") as told:
+        ringspan.ring_attention(q, q, q, **{name: torch.randn(30, 30)})
+    assert len(str(told.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [

@@ -24,7 +24,7 @@ from ringspan.arguments import (
     ranges_tensors,
 )
 from ringspan.autograd import attend, next_place_in_graph, refuse_later
-from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
 from ringspan.layout import split
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
@@ -153,7 +153,7 @@ def ring_attention(
         if not torch.compiler.is_compiling():
             check_can_be_kept(options.gradients, q=q, k=k, v=v, sinks=sinks)
         if not isinstance(return_lse, bool):
-            raise ArgumentTypeError(explain("return_lse must be a bool.", got=repr(return_lse)))
+            raise ArgumentTypeError(explain("return_lse must be a bool.", got=shown(return_lse)))
     except Exception as error:
         if agreement is False:
             raise
@@ -307,7 +307,7 @@ def _index(name: str, value: Any, at_least: int) -> int:
     except TypeError:
         found = None
     if found is None or isinstance(value, bool):
-        raise ArgumentTypeError(explain(f"{name} must be an integer.", got=repr(value)[:200]))
+        raise ArgumentTypeError(explain(f"{name} must be an integer.", got=shown(value)))
     if found < at_least:
         raise ArgumentError(explain(f"{name} must be at least {at_least}.", got=str(found)))
     return found

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain, shown
 from ringspan.layout import check_name
 from ringspan.problem import UNBOUNDED, KeyRanges
 
@@ -213,14 +213,14 @@ def normalised_options(
     """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""
     check_name(layout)
     if not isinstance(causal, bool):
-        raise ArgumentTypeError(explain("causal must be a bool.", got=repr(causal)[:200], fix="bool(...)"))
+        raise ArgumentTypeError(explain("causal must be a bool.", got=shown(causal), fix="bool(...)"))
     if not isinstance(agreement, bool):
-        raise ArgumentTypeError(explain("agreement must be a bool.", got=repr(agreement)))
+        raise ArgumentTypeError(explain("agreement must be a bool.", got=shown(agreement)))
     left, right = _window(window_size)
     if causal:
         right = 0
     if not isinstance(kernel, str):
-        raise ArgumentTypeError(explain("kernel must be a name.", got=repr(kernel), fix='"auto"'))
+        raise ArgumentTypeError(explain("kernel must be a name.", got=shown(kernel), fix='"auto"'))
     scale = None if softmax_scale is None else _finite(softmax_scale)
     documents = None if cu_seqlens is None else _boundaries(cu_seqlens)
     check_documents(documents)
@@ -242,21 +242,19 @@ def _window(window_size: Sequence[int]) -> tuple[int, int]:
         left, right = window_size if isinstance(window_size, (Sequence, np.ndarray)) else ()
     except (TypeError, ValueError):
         raise ArgumentTypeError(
-            explain(
-                "window_size must be two integers (left, right).", got=repr(window_size)[:200], fix="(-1, -1) is none"
-            )
+            explain("window_size must be two integers (left, right).", got=shown(window_size), fix="(-1, -1) is none")
         ) from None
     for side in (left, right):
         if isinstance(side, bool) or not isinstance(side, (int, np.integer)):
             fix = "int(...) of each"
             raise ArgumentTypeError(
-                explain("window_size must be two integers (left, right).", got=repr(window_size)[:200], fix=fix)
+                explain("window_size must be two integers (left, right).", got=shown(window_size), fix=fix)
             )
         if not UNBOUNDED <= side <= _LARGEST_INT:
             raise ArgumentError(
                 explain(
                     "window_size must be at least -1 and at most 2**62 on each side.",
-                    got=repr(window_size)[:200],
+                    got=shown(window_size),
                     fix="-1 is unbounded",
                 )
             )
@@ -305,7 +303,7 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     check_local("key_ranges", key_ranges)
     parts = [key_ranges] if isinstance(key_ranges, Tensor) else key_ranges
     if not isinstance(parts, (list, tuple)) or not parts or not all(isinstance(part, Tensor) for part in parts):
-        got = repr(key_ranges)[:200] if isinstance(parts, (list, tuple)) else str(type(key_ranges))
+        got = shown(key_ranges) if isinstance(parts, (list, tuple)) else str(type(key_ranges))
         fix = "torch.tensor(...) of shape [T, 2] or [batch, T, 2], or several of these"
         raise ArgumentTypeError(explain("key_ranges must be a torch.Tensor, or a list of some.", got=got, fix=fix))
     for part in parts:
@@ -377,9 +375,9 @@ def _boundaries(cu_seqlens: Sequence[int]) -> tuple[int, ...]:
     try:
         boundaries = tuple(map(operator.index, cu_seqlens))
     except TypeError:
-        raise ArgumentTypeError(explain("cu_seqlens must hold integers.", got=repr(cu_seqlens)[:200])) from None
+        raise ArgumentTypeError(explain("cu_seqlens must hold integers.", got=shown(cu_seqlens))) from None
     if any(abs(boundary) > _LARGEST_INT for boundary in boundaries):
-        raise ArgumentError(explain("cu_seqlens must hold 64-bit integers.", got=repr(boundaries)[:200]))
+        raise ArgumentError(explain("cu_seqlens must hold 64-bit integers.", got=shown(boundaries)))
     return boundaries
 
 
@@ -391,7 +389,7 @@ def check_documents(boundaries: tuple[int, ...] | None) -> None:
         raise ArgumentError(
             explain(
                 "cu_seqlens must begin with 0 and end with the number of tokens.",
-                got=repr(boundaries)[:200],
+                got=shown(boundaries),
                 fix="(0, end of the first document, ..., total)",
             )
         )

@@ -14,6 +14,6 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         if missing.name not in _EXTRA:
             raise
-        print(f"ringspan: the command line needs {missing.name}; pip install rich safetensors typer", file=sys.stderr)
+        print(f"ringspan: the command line needs {missing.name}; pip install {' '.join(_EXTRA)}", file=sys.stderr)
         raise SystemExit(2) from None
     app(prog_name="ringspan")

@@ -53,3 +53,8 @@ def explain(headline: str, *, got: str | None = None, fix: str | None = None) ->
     if fix is not None:
         lines.append(f"  fix  {fix}")
     return "\n".join(lines)
+
+
+def shown(value: object) -> str:
+    """What was passed in place of something else, for `got`; not all that a tensor holds."""
+    return repr(value)[:200]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 
-from ringspan.errors import ArgumentError, LayoutError, explain
+from ringspan.errors import ArgumentError, LayoutError, explain, shown
 from ringspan.packing import packed
 
 LAYOUTS = ("contiguous", "striped", "zigzag")  # that need to know nothing of documents
@@ -123,7 +123,7 @@ def shard_length(name: str, num_tokens: int, rank: int, num_ranks: int) -> int:
 
 def check_name(name: str) -> None:
     if name not in NAMES:
-        raise ArgumentError(explain("layout is unknown.", got=repr(name), fix=f"one of {', '.join(map(repr, NAMES))}"))
+        raise ArgumentError(explain("layout is unknown.", got=shown(name), fix=f"one of {', '.join(map(repr, NAMES))}"))
 
 
 def _lengths_by_rule(name: str, num_tokens: int, num_ranks: int) -> tuple[int, ...]:

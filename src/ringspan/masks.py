@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ringspan.arguments import check_dense
-from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain, shown
 
 SLICE_TYPES = ("full", "causal", "inverse_causal", "bidirectional_causal")  # MagiAttention's 0, 1, 2, 3
 _MOST_RUNS = 64
@@ -37,7 +37,7 @@ def padding(
     num_tokens = _count("num_tokens", num_tokens)
     stop = _lengths("lengths", lengths, num_tokens)
     if stop.ndim != 1:
-        raise ArgumentTypeError(explain("lengths must have a number for each batch entry.", got=repr(lengths)[:200]))
+        raise ArgumentTypeError(explain("lengths must have a number for each batch entry.", got=shown(lengths)))
     start = num_tokens - stop if left else torch.zeros_like(stop)
     stop = torch.full_like(stop, num_tokens) if left else stop
     num_queries = num_tokens if num_queries is None else _count("num_queries", num_queries)
@@ -148,7 +148,7 @@ def _slice_type(kind: str | int) -> str:
         return SLICE_TYPES[int(kind)]
     if not isinstance(kind, str) or kind not in SLICE_TYPES:
         known = ", ".join(f'"{name}" ({number})' for number, name in enumerate(SLICE_TYPES))
-        raise ArgumentError(explain("types must name how the slices are cut.", got=repr(kind), fix=f"one of {known}"))
+        raise ArgumentError(explain("types must name how the slices are cut.", got=shown(kind), fix=f"one of {known}"))
     return kind
 
 
@@ -216,14 +216,12 @@ def from_mask_mod(
 
 def _returning_a_tensor(mask_mod: Callable[..., Tensor]) -> Callable[..., Tensor]:
     if not callable(mask_mod):
-        raise ArgumentTypeError(
-            explain("mask_mod must be a function of (b, h, q_idx, kv_idx).", got=repr(mask_mod)[:200])
-        )
+        raise ArgumentTypeError(explain("mask_mod must be a function of (b, h, q_idx, kv_idx).", got=shown(mask_mod)))
 
     def checked(*place: Any) -> Tensor:
         seen = mask_mod(*place)
         if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
-            got = str(seen.dtype) if isinstance(seen, Tensor) else repr(seen)[:200]
+            got = str(seen.dtype) if isinstance(seen, Tensor) else shown(seen)
             raise ArgumentTypeError(explain("mask_mod must return a bool tensor.", got=got))
         if seen.ndim:  # of one pair, as it sees it under torch.vmap
             got = f"shape {list(seen.shape)}"
@@ -317,7 +315,7 @@ def _count(name: str, value: int, least: int = 0) -> int:
     try:
         count = operator.index(value)
     except TypeError:
-        raise ArgumentTypeError(explain(f"{name} must be a whole number.", got=repr(value)[:200])) from None
+        raise ArgumentTypeError(explain(f"{name} must be a whole number.", got=shown(value))) from None
     if count < least:
         raise ArgumentError(explain(f"{name} must be at least {least}.", got=str(count)[:80]))
     if count > _LARGEST:
@@ -329,7 +327,7 @@ def _entries(name: str, value: Any) -> list:
     try:
         return value.tolist() if isinstance(value, Tensor) and value.ndim else list(value)
     except TypeError:
-        raise ArgumentTypeError(explain(f"{name} must be a sequence.", got=repr(value)[:200])) from None
+        raise ArgumentTypeError(explain(f"{name} must be a sequence.", got=shown(value))) from None
 
 
 def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
@@ -337,7 +335,7 @@ def _pair(name: str, value: Sequence[int]) -> tuple[int, int]:
         first, last = map(operator.index, value)
     except (TypeError, ValueError):
         raise ArgumentTypeError(
-            explain(f"{name} must hold pairs (start, stop) of whole numbers.", got=repr(value)[:200])
+            explain(f"{name} must hold pairs (start, stop) of whole numbers.", got=shown(value))
         ) from None
     return first, last
 
@@ -352,7 +350,7 @@ def _lengths(name: str, value: int | Tensor | Sequence[int], most: int) -> Tenso
             raise TypeError
         lengths = lengths.to_dense().long()
     except (TypeError, ValueError, RuntimeError):  # also of what torch makes no tensor of
-        raise ArgumentTypeError(explain(f"{name} must hold whole numbers.", got=repr(value)[:200])) from None
+        raise ArgumentTypeError(explain(f"{name} must hold whole numbers.", got=shown(value))) from None
     if lengths.numel() and not 0 <= int(lengths.min()) <= int(lengths.max()) <= most:
         wrong = next(x for x in lengths.flatten().tolist() if not 0 <= x <= most)
         raise ArgumentError(explain(f"{name} must be from 0 to num_tokens.", got=f"{wrong}, num_tokens {most}"))

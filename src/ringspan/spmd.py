@@ -20,7 +20,7 @@ from ringspan import arrays, call
 from ringspan.arguments import Options, check_alike, check_tensor, check_tensors, normalised_options
 from ringspan.arrays import Array
 from ringspan.call import Membership
-from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
 from ringspan.kernels.table import UNROUNDED
 from ringspan.kernels.threads import limited_to
 from ringspan.state import NEVER
@@ -204,7 +204,7 @@ def _world() -> Transport:
 
 def _check_cores(name: str, cores: int) -> None:
     if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
-        raise ArgumentError(explain(f"{name} must be an integer of at least 1.", got=repr(cores)))
+        raise ArgumentError(explain(f"{name} must be an integer of at least 1.", got=shown(cores)))
 
 
 def _check_inputs(tensors: dict[str, Tensor]) -> None:
@@ -286,7 +286,7 @@ def _options(scale: float | None, causal: bool, striped: bool, striped_name: str
 def _rings(groups: Groups | None, num_workers: int, transport: Transport) -> tuple[tuple[int, ...], ...] | None:
     """The rings of the world, or None for one of all; the caller's own is in it exactly once."""
     if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-        raise ArgumentError(explain("num_workers must be an integer of at least 1.", got=repr(num_workers)))
+        raise ArgumentError(explain("num_workers must be an integer of at least 1.", got=shown(num_workers)))
     if groups is None:
         if num_workers == transport.size:
             return None
@@ -303,7 +303,7 @@ def _rings(groups: Groups | None, num_workers: int, transport: Transport) -> tup
         rings = tuple(tuple(map(operator.index, group)) for group in groups)
     except (TypeError, ValueError):
         raise ArgumentTypeError(
-            explain("replica_groups must be tuples of ranks.", got=repr(groups)[:200], fix="((0, 1), (2, 3))")
+            explain("replica_groups must be tuples of ranks.", got=shown(groups), fix="((0, 1), (2, 3))")
         ) from None
     _check_rings(rings, num_workers, transport.size)
     return rings
@@ -378,7 +378,7 @@ def _lse_dtype(wanted: Any, dtype: torch.dtype) -> torch.dtype:
     found = arrays.torch_dtype(wanted)
     if found not in _LSE_DTYPES or (found == torch.float64 and dtype != torch.float64):
         raise ArgumentTypeError(
-            explain("lse_dtype must be float32, bfloat16 or float16 (float64 with float64 inputs).", got=repr(wanted))
+            explain("lse_dtype must be float32, bfloat16 or float16 (float64 with float64 inputs).", got=shown(wanted))
         )
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ringspan.errors import ArgumentError, UnsupportedError, explain
+from ringspan.errors import ArgumentError, UnsupportedError, explain, shown
 from ringspan.kernels.contract import Kernel
 from ringspan.kernels.native import Native, NativeRounded
 from ringspan.kernels.reference import Reference
@@ -34,7 +34,7 @@ def choose(name: str, dtype: torch.dtype, device: torch.device, head_dim: int, o
         candidates.remove(ROUNDED)
     if not candidates:
         known = ", ".join(map(repr, names()))
-        raise ArgumentError(explain("kernel is unknown.", got=repr(name), fix=f"one of {known}"))
+        raise ArgumentError(explain("kernel is unknown.", got=shown(name), fix=f"one of {known}"))
     if only_tile and auto:
         candidates = [*FOR_AN_ONLY_TILE, *candidates]
     reasons = []

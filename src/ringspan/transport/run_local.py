@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ringspan.errors import ArgumentError, RingspanError, WorkerError, explain
+from ringspan.errors import ArgumentError, RingspanError, WorkerError, explain, shown
 from ringspan.transport.local import DEFAULT_TIMEOUT_S, Board, LocalGroup, current_group, entered
 from ringspan.transport.streams import streams_in_use, threads_are_not_captured
 
@@ -31,11 +31,11 @@ def run_local(fn: Callable[..., Any], num_workers: int, *args: Any, timeout: flo
     """
     if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
         raise ArgumentError(
-            explain("num_workers must be an integer of at least 1.", got=repr(num_workers), fix="e.g. 4")
+            explain("num_workers must be an integer of at least 1.", got=shown(num_workers), fix="e.g. 4")
         )
     if timeout is not None and not (isinstance(timeout, (int, float)) and 0 < timeout <= threading.TIMEOUT_MAX):
         most = f"of at most {threading.TIMEOUT_MAX:.0e}"
-        raise ArgumentError(explain(f"timeout must be a positive number of seconds {most}.", got=repr(timeout)))
+        raise ArgumentError(explain(f"timeout must be a positive number of seconds {most}.", got=shown(timeout)))
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise threads_are_not_captured()
     board = Board(num_workers, DEFAULT_TIMEOUT_S if timeout is None else float(timeout))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ringspan.errors import ArgumentError, ArgumentTypeError, SharedMemoryFullError, UnsupportedError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, SharedMemoryFullError, UnsupportedError, explain, shown
 from ringspan.transport.contract import Spec
 
 _CALLS_KEPT = 8  # a segment or mapping that so many calls of a group did not use is let go
@@ -178,9 +178,9 @@ def empty_shared(shape: Sequence[int], *, dtype: torch.dtype = torch.float32) ->
         raise UnsupportedError(explain("there is no shared memory here.", got=reason, fix="use torch.empty"))
     sizes = tuple(shape) if isinstance(shape, Sequence) else (None,)
     if not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ArgumentError(explain("shape must be a sequence of integers of at least 0.", got=repr(shape)))
+        raise ArgumentError(explain("shape must be a sequence of integers of at least 0.", got=shown(shape)))
     if not isinstance(dtype, torch.dtype):
-        raise ArgumentTypeError(explain("dtype must be a torch.dtype.", got=repr(dtype), fix="torch.bfloat16, say"))
+        raise ArgumentTypeError(explain("dtype must be a torch.dtype.", got=shown(dtype), fix="torch.bfloat16, say"))
     num_bytes = math.prod(sizes) * dtype.itemsize
     return create(num_bytes)[:num_bytes].view(dtype).view(sizes)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from ringspan.errors import ArgumentError, ArgumentTypeError, explain
+from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
 from ringspan.transport.contract import Transport
 from ringspan.transport.local import LocalGroup, alone, current_group, resolve_local
 from ringspan.transport.process_group import transport_of
@@ -130,7 +130,7 @@ def check_transport(name: str, transport: str) -> None:
     """Refuse a transport that is unknown or cannot serve the group of that name."""
     if transport not in TRANSPORTS:
         known = ", ".join(map(repr, TRANSPORTS))
-        raise ArgumentError(explain("transport is unknown.", got=repr(transport), fix=f"one of {known}"))
+        raise ArgumentError(explain("transport is unknown.", got=shown(transport), fix=f"one of {known}"))
     of_processes = name.startswith("dist:")
     if transport != "auto" and of_processes == (transport == "local"):
         raise ArgumentError(
