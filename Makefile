@@ -23,7 +23,7 @@ WARNINGS := -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=all
 THREAD := -fsanitize=thread
 
-.PHONY: demo test test-full soak sanitize lint clean
+.PHONY: demo test test-full soak sanitize aarch64 lint clean
 
 .venv/ready: requirements.txt pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -74,6 +74,14 @@ build/sanitize-%: tests/sanitize.cpp $(SHAPES:%=tests/isa_%.cpp) $(ISAS:%=csrc/i
 	$(foreach isa,$(ISAS),$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) $(FLAGS_$(isa)) -c csrc/isa_$(isa).cpp -o $@.d/$(isa).o &&) true
 	$(foreach shape,$(SHAPES),$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -Icsrc -c tests/isa_$(shape).cpp -o $@.d/$(shape).o &&) true
 	$(CXX) -std=c++20 -O1 -g $(SANITIZE) $(WARNINGS) -DRINGSPAN_HAS_X86_KERNELS -DRINGSPAN_HAS_TEST_SHAPES -Icsrc tests/sanitize.cpp $(filter %.cpp,$(KERNEL)) $@.d/*.o -o $@ -pthread -ldl
+
+# The kernel as ARM processors have it, in emulation: Debian's g++-aarch64-linux-gnu and qemu-user-static.
+aarch64: build/check-aarch64
+	RINGSPAN_ISA=baseline qemu-aarch64-static -L /usr/aarch64-linux-gnu $<
+
+build/check-aarch64: tests/sanitize.cpp csrc/isa_baseline.cpp $(KERNEL)
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++20 -O3 $(WARNINGS) -Icsrc $(filter %.cpp,$^) -o $@ -pthread -ldl
 
 clean:
 	rm -rf .venv build dist demo .pytest_cache .hypothesis .mypy_cache .ruff_cache

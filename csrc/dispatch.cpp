@@ -12,9 +12,10 @@
 
 namespace ringspan {
 
+#ifdef RINGSPAN_HAS_X86_KERNELS
 // AMX with bfloat16. Linux (5.16) gives a process the tile registers when it asks for them, for all its threads.
 static bool get_amx() {
-#if defined(RINGSPAN_HAS_X86_KERNELS) && defined(__linux__)
+#ifdef __linux__
     constexpr unsigned kBfloat16 = 1 << 22, kTile = 1 << 24;  // leaf 7, edx
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     static const bool granted = [] {
@@ -26,6 +27,7 @@ static bool get_amx() {
     return false;
 #endif
 }
+#endif
 
 static std::vector<const Kernels*> available() {
     std::vector<const Kernels*> found;
