@@ -107,7 +107,11 @@ def _documents_of(name: str, num_tokens: int, cu_seqlens: tuple[int, ...] | None
         return None
     if cu_seqlens is None:
         raise ArgumentError(
-            explain('layout="packed" needs to know the documents.', got="no cu_seqlens", fix="pass it (--documents)")
+            explain(
+                'layout="packed" needs to know the documents.',
+                got="no cu_seqlens",
+                fix="cu_seqlens=(0, ..., total); on the command line --documents",
+            )
         )
     return cu_seqlens
 
