@@ -49,7 +49,7 @@ def rank_of(rank: int, args: argparse.Namespace, store: str) -> None:
                 return ringspan.ring_attention(q, k, v, transport=transport)
 
             def keys_travel(call=queries_travel):
-                with patch("ringspan.call.travelling_side", lambda *_: "keys"):
+                with patch("ringspan.decide.travelling_side", lambda *_: "keys"):
                     return call()
 
             mine, theirs = queries_travel().float(), keys_travel().float()

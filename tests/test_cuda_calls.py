@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import ringspan
 from ringspan import call, execute, reshard, run_local
 from ringspan.agreement import CALL, DEVICE_TYPE, RINGS, Terms, agree
-from ringspan.arguments import Options
 from ringspan.errors import ArgumentError, DisagreementError, UnsupportedError
 from ringspan.kernels.contract import captures
 from ringspan.kernels.table import FOR_AN_ONLY_TILE, KERNELS
 from ringspan.kernels.triton_bounds import bounds
+from ringspan.options import Options
 from ringspan.tile import Band, RowIntervals
 from ringspan.transport import local
 from ringspan.transport.contract import Transport

@@ -13,7 +13,8 @@ SOURCE = Path(ringspan.__file__).parent
 # From the ground up. Rooms of one line are peers: they do not import each other. "" is ringspan/__init__.py.
 FLOORS = """
     _native / errors / problem packing / layout / tile / tiling / schedule / state / kernels / transport / observe
-    / traffic / execute / agreement / arguments / call / autograd reshard arrays / api masks spmd trace / ring / ""
+    / traffic / execute / agreement / arguments / options / terms / decide / call / autograd reshard arrays
+    / spmd_arguments / api masks spmd trace / ring / ""
     / commands / cli / __main__
 """
 FLOOR = {room.strip('"'): height for height, rooms in enumerate(FLOORS.split("/")) for room in rooms.split()}

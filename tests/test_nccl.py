@@ -18,8 +18,8 @@ from whole import Case, check
 import ringspan
 from ringspan import call, execute, reshard
 from ringspan.agreement import Terms, agree
-from ringspan.arguments import Options
 from ringspan.layout import from_lengths, split
+from ringspan.options import Options
 from ringspan.problem import Mask
 from ringspan.schedule.ring import ring_schedule
 from ringspan.transport import torch_dist

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ringspan import call, run_local
-from ringspan.arguments import Options
 from ringspan.kernels.reference import Reference
+from ringspan.options import Options
 from ringspan.transport.local import _LocalChannel
 
 

@@ -8,8 +8,8 @@ from happens_before import Recorder, Watched, fake_torch
 
 import ringspan
 from ringspan import call, run_local
-from ringspan.arguments import Options
 from ringspan.layout import from_lengths
+from ringspan.options import Options
 from ringspan.transport import local, streams
 from ringspan.transport.contract import Parcel, spec_of
 from ringspan.transport.streams import CudaStreams

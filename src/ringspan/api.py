@@ -18,14 +18,11 @@ from ringspan.arguments import (
     check_no_transforms,
     check_sinks,
     check_tensor,
-    documents_of,
-    documents_tensor,
-    normalised_options,
-    ranges_tensors,
 )
 from ringspan.autograd import attend, next_place_in_graph, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
 from ringspan.layout import split
+from ringspan.options import documents_of, documents_tensor, normalised_options, ranges_tensors
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
 

@@ -17,8 +17,8 @@ from torch._guards import TracingContext
 from torch.fx.node import has_side_effect
 
 from ringspan import call, errors
-from ringspan.arguments import Options
 from ringspan.errors import RingspanError, UnsupportedError
+from ringspan.options import Options
 from ringspan.problem import KeyRanges
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
-from ringspan.arguments import documents_of
-from ringspan.call import begin, documents_in_words, interruption_told, on_device_of, running
+from ringspan.call import begin, interruption_told, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
+from ringspan.options import documents_of
 from ringspan.state import state_dtype
+from ringspan.terms import documents_in_words
 from ringspan.transport.contract import Channel, Parcel, Spec, Transport
 from ringspan.transport.table import resolve
 

@@ -7,30 +7,39 @@ contract gives wrong or surprising results without a word, these refuse or are r
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ringspan import arrays, call
-from ringspan.arguments import Options, check_alike, check_tensor, check_tensors, normalised_options
+from ringspan.arguments import check_alike, check_tensors
 from ringspan.arrays import Array
-from ringspan.call import Membership
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
-from ringspan.kernels.table import UNROUNDED
 from ringspan.kernels.threads import limited_to
+from ringspan.spmd_arguments import (
+    Groups,
+    bounds_of,
+    check_cores,
+    check_inputs,
+    check_like_q,
+    check_no_grad,
+    check_shapes,
+    check_sizes,
+    options_of,
+    rings_of,
+)
 from ringspan.state import NEVER
+from ringspan.terms import Membership
 from ringspan.transport.contract import Transport
 from ringspan.transport.table import group_name, resolve
 
 LSE_ROWS = 128  # lse is [b, h, 128, ceil(seqlen / 128)]: query s at [.., s % 128, s // 128]
-_LSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-Groups = Sequence[Sequence[int]]
+
+_LSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _forward(
@@ -74,7 +83,7 @@ def _forward(
     try:
         kind = arrays.kind_of(q=q, k=k, v=v)
         tensors = {name: arrays.to_torch(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-        _check_inputs(tensors)
+        check_inputs(tensors)
         tq, tk, tv = tensors["q"], tensors["k"], tensors["v"]
         check_alike(tq, tk, tv)
         axes = (
@@ -82,15 +91,15 @@ def _forward(
             "b h_kv seqlen d" if tp_k else "b h_kv d seqlen",
             "b h_kv seqlen d",
         )
-        _check_shapes(tensors, axes, "tp_q and tp_k say how q and k lie: [b, h, d, seqlen] unless True")
+        check_shapes(tensors, axes, "tp_q and tp_k say how q and k lie: [b, h, d, seqlen] unless True")
         tq, tk = (tq if tp_q else tq.mT), (tk if tp_k else tk.mT)
-        _check_sizes(tq)
+        check_sizes(tq)
         check_tensors(tq, tk, tv)
         lse_type = _lse_dtype(lse_dtype, tq.dtype)
         arrays.check_returnable(lse_type, kind)
-        options = _options(softmax_scale, use_causal_mask, striped_input, "striped_input")
-        bounds = _bounds(bound_min, bound_max, tq, use_causal_mask and striped_input)
-        ring = Membership(_rings(replica_groups, num_workers, transport), True, bounds)
+        options = options_of(softmax_scale, use_causal_mask, striped_input, "striped_input")
+        bounds = bounds_of(bound_min, bound_max, tq, use_causal_mask and striped_input)
+        ring = Membership(rings_of(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
         call.refuse(transport, error, q, k, v)
     with torch.no_grad():
@@ -139,23 +148,23 @@ def _backward(
         named = {"q_ref": q_ref, "k_ref": k_ref, "v_ref": v_ref, "o_ref": o_ref, "dy_ref": dy_ref}
         kind = arrays.kind_of(**named, lse_ref=lse_ref)
         tensors = {name: arrays.to_torch(name, x) for name, x in named.items()}
-        _check_inputs(tensors)
+        check_inputs(tensors)
         q, k, v, out, dy = tensors.values()
         check_alike(q, k, v)
-        _check_shapes(
+        check_shapes(
             tensors, ("B N D S", "B N_kv D S", "B N_kv D S", "B N D S", "B N D S"), "all five are [B, N, D, S]"
         )
-        _check_like_q(tensors)
+        check_like_q(tensors)
         q, k, v, out, dy = (x.mT for x in (q, k, v, out, dy))
-        _check_sizes(q)
+        check_sizes(q)
         check_tensors(q, k, v)
-        _check_cores("lnc_size", lnc_size)
+        check_cores("lnc_size", lnc_size)
         lse = arrays.to_torch("lse_ref", lse_ref)
-        _check_no_grad("lse_ref", lse)
+        check_no_grad("lse_ref", lse)
         lse = _unfolded(lse, q)
-        options = _options(softmax_scale, use_causal_mask, striped_attention, "striped_attention")
-        bounds = _bounds(bound_min, bound_max, q, use_causal_mask and striped_attention)
-        ring = Membership(_rings(replica_groups, num_workers, transport), True, bounds)
+        options = options_of(softmax_scale, use_causal_mask, striped_attention, "striped_attention")
+        bounds = bounds_of(bound_min, bound_max, q, use_causal_mask and striped_attention)
+        ring = Membership(rings_of(replica_groups, num_workers, transport), True, bounds)
     except Exception as error:
         call.refuse(transport, error, q_ref, k_ref, v_ref)
     # Without a launch, lnc_size says how many cores; the default 1 leaves a plain call all that the worker has.
@@ -181,7 +190,7 @@ class _Entry:
         return self._function(*args, **kwargs)
 
     def __getitem__(self, lnc: int) -> Callable:
-        _check_cores("lnc", lnc)
+        check_cores("lnc", lnc)
 
         @functools.wraps(self._function)
         def launched(*args, **kwargs):
@@ -195,183 +204,13 @@ class _Entry:
 
 
 ring_attention_spmd_fwd = _Entry("ring_attention_spmd_fwd", _forward)
+
+
 ring_attention_spmd_bwd = _Entry("ring_attention_spmd_bwd", _backward)
 
 
 def _world() -> Transport:
     return resolve(group_name(None))
-
-
-def _check_cores(name: str, cores: int) -> None:
-    if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
-        raise ArgumentError(explain(f"{name} must be an integer of at least 1.", got=shown(cores)))
-
-
-def _check_inputs(tensors: dict[str, Tensor]) -> None:
-    for name, x in tensors.items():
-        check_tensor(name, x)
-        _check_no_grad(name, x)
-
-
-def _check_no_grad(name: str, x: Tensor) -> None:
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            explain(
-                "the SPMD entries are not differentiable.",
-                got=f"{name} requires grad",
-                fix="use ringspan.ring_attention, or call under torch.no_grad()",
-            )
-        )
-
-
-def _check_shapes(tensors: dict[str, Tensor], axes: Sequence[str], hint: str) -> None:
-    """Refuse shapes that do not go together, in the axes that the caller's tensors have."""
-    seen: dict[str, tuple[str, str]] = {}
-    for (name, x), letters in zip(tensors.items(), axes, strict=True):
-        told = f"{name}: {list(x.shape)} as [{letters.replace(' ', ', ')}]"
-        for axis, size in zip(letters.split(), x.shape, strict=True):
-            other, told_of_other = seen.setdefault(axis, (name, told))
-            place = axes[list(tensors).index(other)].split().index(axis)
-            if size != tensors[other].shape[place]:
-                got = f"{told_of_other}; {told}"
-                raise ArgumentError(explain(f"{other} and {name} must have one {axis}.", got=got, fix=hint))
-
-
-def _check_like_q(tensors: dict[str, Tensor]) -> None:
-    q = tensors["q_ref"]
-    for name in ("o_ref", "dy_ref"):
-        x = tensors[name]
-        if x.dtype != q.dtype or x.device != q.device:
-            got = f"q_ref: {q.dtype} on {q.device}, {name}: {x.dtype} on {x.device}"
-            raise ArgumentTypeError(explain(f"{name} must have q_ref's dtype and device.", got=got, fix="use .to()"))
-
-
-def _check_sizes(q: Tensor) -> None:
-    if q.shape[2] < 1:
-        fix = "ringspan.ring_attention takes empty shards"
-        raise ArgumentError(explain("seqlen must be at least 1.", got=str(q.shape[2]), fix=fix))
-    if q.shape[3] > 256:
-        raise ArgumentError(explain("d must be from 1 to 256.", got=str(q.shape[3])))
-
-
-def _options(scale: float | None, causal: bool, striped: bool, striped_name: str) -> Options:
-    if striped and not causal:
-        raise ArgumentError(
-            explain(
-                f"{striped_name} requires use_causal_mask.",
-                got=f"{striped_name}=True, use_causal_mask=False",
-                fix="without a mask the order of the tokens does not matter: leave it False",
-            )
-        )
-    if causal and (isinstance(scale, bool) or scale != 1.0):
-        raise ArgumentError(
-            explain(
-                "with use_causal_mask q must be scaled beforehand and softmax_scale must be 1.0.",
-                got=f"softmax_scale={scale!r}",
-                fix="pass q * d ** -0.5 and softmax_scale=1.0",
-            )
-        )
-    return normalised_options(
-        causal=bool(causal),
-        window_size=(-1, -1),
-        cu_seqlens=None,
-        layout="striped" if striped else "contiguous",
-        softmax_scale=scale,
-        kernel=UNROUNDED,
-        agreement=True,
-        gradients="",
-    )
-
-
-def _rings(groups: Groups | None, num_workers: int, transport: Transport) -> tuple[tuple[int, ...], ...] | None:
-    """The rings of the world, or None for one of all; the caller's own is in it exactly once."""
-    if isinstance(num_workers, bool) or not isinstance(num_workers, int) or num_workers < 1:
-        raise ArgumentError(explain("num_workers must be an integer of at least 1.", got=shown(num_workers)))
-    if groups is None:
-        if num_workers == transport.size:
-            return None
-        if num_workers == 1:
-            return tuple((rank,) for rank in range(transport.size))
-        raise ArgumentError(
-            explain(
-                "without replica_groups num_workers must be the size of the world, or 1.",
-                got=f"num_workers={num_workers}, a world of {transport.size}",
-                fix="pass replica_groups=((...), ...), each of num_workers ranks",
-            )
-        )
-    try:
-        rings = tuple(tuple(map(operator.index, group)) for group in groups)
-    except (TypeError, ValueError):
-        raise ArgumentTypeError(
-            explain("replica_groups must be tuples of ranks.", got=shown(groups), fix="((0, 1), (2, 3))")
-        ) from None
-    _check_rings(rings, num_workers, transport.size)
-    return rings
-
-
-def _check_rings(rings: tuple[tuple[int, ...], ...], num_workers: int, world: int) -> None:
-    for ring in rings:
-        if len(ring) != num_workers:
-            raise ArgumentError(
-                explain(
-                    "each of replica_groups must hold num_workers ranks.",
-                    got=f"{ring} has {len(ring)}, num_workers={num_workers}",
-                )
-            )
-    listed = sorted(rank for ring in rings for rank in ring)
-    if listed != list(range(world)):
-        twice = sorted({rank for rank in listed if listed.count(rank) > 1})
-        absent = sorted(set(range(world)) - set(listed))
-        beyond = sorted(set(listed) - set(range(world)))
-        told = [
-            f"{what} {ranks}" for what, ranks in (("missing", absent), ("twice", twice), ("unknown", beyond)) if ranks
-        ]
-        raise ArgumentError(
-            explain(
-                f"replica_groups must name each of the world's {world} ranks exactly once.",
-                got="; ".join(told),
-            )
-        )
-
-
-def _bounds(low: Array | None, high: Array | None, q: Tensor, allowed: bool) -> tuple[np.ndarray, np.ndarray] | None:
-    """(lo, hi), int64 [B, H, T], from bounds of shape [B*H, T, 1] or [B, T]."""
-    if low is None and high is None:
-        return None
-    if low is None or high is None:
-        raise ArgumentError(explain("bound_min and bound_max go together.", got="only one of them"))
-    if not allowed:
-        raise ArgumentError(
-            explain(
-                "bound_min and bound_max require use_causal_mask and striped input.",
-                fix="ringspan.ring_attention takes cu_seqlens with every layout",
-            )
-        )
-    lo, hi = (_bound(name, x, q) for name, x in (("bound_min", low), ("bound_max", high)))
-    return lo, hi
-
-
-def _bound(name: str, bound: Array, q: Tensor) -> np.ndarray:
-    batch, heads, rows, _ = q.shape
-    tensor = arrays.to_torch(name, bound)
-    _check_no_grad(name, tensor)
-    values = np.asarray(tensor.detach().to("cpu", torch.float64))
-    if values.shape == (batch * heads, rows, 1):
-        values = values.reshape(batch, heads, rows)
-    elif values.shape == (batch, rows):
-        values = np.broadcast_to(values[:, None, :], (batch, heads, rows))
-    else:
-        raise ArgumentError(
-            explain(
-                f"{name} has the wrong shape.",
-                got=str(list(values.shape)),
-                fix=f"[b*h, seqlen, 1] = [{batch * heads}, {rows}, 1], or [b, seqlen] = [{batch}, {rows}]",
-            )
-        )
-    if np.isnan(values).any():
-        raise ArgumentError(explain(f"{name} must not hold NaN."))
-    # An integer j is >= x iff j >= ceil(x), and < x iff j < ceil(x); beyond the shard all bounds are alike.
-    return np.ceil(np.clip(values, 0, rows)).astype(np.int64)
 
 
 def _lse_dtype(wanted: Any, dtype: torch.dtype) -> torch.dtype:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-from ringspan.arguments import Options, normalised_options
-from ringspan.call import mask_of
+from ringspan.decide import mask_of
 from ringspan.errors import ArgumentError, explain
+from ringspan.options import Options, normalised_options
 from ringspan.problem import UNBOUNDED, Mask
 
 
