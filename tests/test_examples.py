@@ -42,6 +42,13 @@ def test_a_video_model_over_a_ring_makes_what_one_process_makes():
     assert float(found.group(1)) <= 2e-6
 
 
+def test_a_model_generates_over_a_spread_cache_what_it_does_in_one_process():
+    said = torchrun("generate.py", 3)
+    assert "48 of 48 tokens over 3 ranks are those of one process" in said
+    found = re.search(r"keys kept \[341, 341, 342\], logits differ by ([-\de.]+) at most", said)
+    assert float(found.group(1)) <= 1e-5  # relative; a ring of one differs as much
+
+
 def test_a_decoder_over_replicas_rings_and_fsdp2_has_the_loss_and_gradients_of_one_process():
     said = torchrun("fsdp2.py", 4)
     losses = re.findall(r"loss ([\d.]+) over 2 x 2 ranks, ([\d.]+) in one process", said)

@@ -127,6 +127,22 @@ def test_later_queries_of_a_longer_sequence_are_its_last_ones():
         assert relative_error(out, exact[:, :, num_before:]) < 2e-6
 
 
+def test_new_tokens_see_by_position_what_a_cache_holds_in_another_order():
+    num_before, case = 91, Case(100, 4, 2, options=dict(causal=True))
+    q, k, v, *_ = case.tensors()
+    exact, _ = attention(q, k, v, case.seen(), case.scale)
+
+    def work(group):
+        old, new = ringspan.positions(num_before, layout="zigzag"), torch.arange(num_before, 100)
+        held = torch.cat([old, new[new % 3 == group.rank()]])  # ranks take turns to keep a new token
+        where = ringspan.unshard(held, 0)
+        ranges = masks.from_mask(where <= new[:, None])
+        q_new = ringspan.shard(q[:, :, num_before:], 2)
+        return ringspan.unshard(ringspan.ring_attention(q_new, k[:, :, held], v[:, :, held], key_ranges=ranges), 2)
+
+    assert relative_error(run_local(work, 3)[0], exact[:, :, num_before:]) < 2e-6
+
+
 def over_processes(rank, case):
     return ring(None, case)
 
