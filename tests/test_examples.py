@@ -42,6 +42,12 @@ def test_a_video_model_over_a_ring_makes_what_one_process_makes():
     assert float(found.group(1)) <= 2e-6
 
 
+def test_an_image_model_with_joint_attention_over_a_ring_makes_what_one_process_makes():
+    said = torchrun("image.py", 3)
+    found = re.search(r"\(1, 63, 16\) over 3 ranks, differs from one process by ([-\de.]+)", said)
+    assert float(found.group(1)) <= 2e-6
+
+
 def test_a_model_generates_over_a_spread_cache_what_it_does_in_one_process():
     said = torchrun("generate.py", 3)
     assert "48 of 48 tokens over 3 ranks are those of one process" in said
