@@ -471,6 +471,26 @@ def test_layouts_have_the_order_of_other_libraries():
     assert [x.tolist() for x in held("striped")] == [tokens[rank::ranks].tolist() for rank in range(ranks)]
 
 
+def test_joint_attention_hides_the_padding_of_a_text_that_is_spread_as_the_image_is():
+    torch.manual_seed(0)
+    words, parts = torch.tensor([7, 3]), [7, 15]  # of batch entries; tokens of text and image
+    q, k, v = torch.randn(3, 2, 4, sum(parts), 16, dtype=torch.float64).unbind()
+    seen = torch.ones(2, sum(parts), dtype=torch.bool)
+    seen[:, :7] = torch.arange(7) < words[:, None]
+    exact = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+
+    def work(group):
+        def cut(x, dim):
+            return torch.cat([ringspan.shard(part, dim) for part in x.split(parts, dim)], dim)
+
+        found = ringspan.unshard(cut(seen, 1), 1)
+        ranges = ringspan.masks.from_mask(found[:, None].expand(-1, sum(parts), -1))
+        out = ringspan.ring_attention(*(cut(x, 2) for x in (q, k, v)), key_ranges=ranges)
+        return relative_error(out, cut(exact, 2))
+
+    assert max(run_local(work, 4, timeout=60)) < 1e-12
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
 def test_what_is_not_there_is_refused():
     q = torch.randn(1, 2, 6, 8)
