@@ -257,6 +257,57 @@ def test_what_tensor_parallelism_returns_is_unsharded():
     assert max(results(run_processes(spread_heads, 2))) < 1e-12
 
 
+class Stage(torch.nn.Module):
+    """A block of a decoder, with what is before the first and after the last; it is handed x alone."""
+
+    def __init__(self, model, place, *inputs_of_all):
+        super().__init__()
+        self.before = model.embed if place == 0 else torch.nn.Identity()
+        self.after = model.head if place == len(model.blocks) - 1 else torch.nn.Identity()
+        self.block, self.inputs_of_all = model.blocks[place], inputs_of_all
+
+    def forward(self, x):
+        return self.after(self.block(self.before(x), *self.inputs_of_all))
+
+
+def train_in_a_pipeline(rank, schedule, places_of_ranks):
+    """Two ranks of a pipeline, each a ring of two; four micro-batches of 11 tokens."""
+    from torch.distributed import pipelining
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pipeline", "context"))
+    places, num_stages = places_of_ranks[mesh.get_local_rank("pipeline")], sum(map(len, places_of_ranks))
+    whole, _ = batch((0, 1))
+    whole.blocks = torch.nn.ModuleList(Block().double() for _ in range(num_stages))
+    model, tokens = copy.deepcopy(whole), torch.randint(256, (4, 11))
+    labels = TRAINING["labels_of"](tokens, (0, 11))
+    ring = ringspan.Ring("zigzag", mesh["context"])
+    given = ring.positions(11), functools.partial(ring.attention, causal=True)
+    parts = torch.nn.ModuleList(Stage(model, place, *given) for place in places)
+    pipe = mesh.get_group("pipeline")
+    stages = [
+        pipelining.PipelineStage(part, place, num_stages, torch.device("cpu"), group=pipe)
+        for part, place in zip(parts, places, strict=True)
+    ]
+    loss_of = functools.partial(TRAINING["loss_of"], num_predicted=(labels != -100).sum())
+    run = getattr(pipelining, schedule)(stages if stages[1:] else stages[0], 4, loss_fn=loss_of, scale_grads=False)
+    mine, targets = (ring.shard(x, 1) for x in (tokens, labels))
+    inputs, wanted = [mine] if 0 in places else [], targets if num_stages - 1 in places else None
+    run.step(*inputs, target=wanted)
+    for parameter in parts.parameters():
+        dist.all_reduce(parameter.grad, group=mesh.get_group("context"))
+    loss_in_one_process(whole, tokens.split(1), [(0, 11)] * 4).backward()
+    expected = torch.nn.ModuleList(Stage(whole, place, *given) for place in places)
+    return distance(gradients(parts), gradients(expected))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "places"), [("Schedule1F1B", [[0], [1]]), ("ScheduleZBVZeroBubble", [[0, 3], [1, 2]])]
+)
+def test_stages_of_a_pipeline_each_over_a_ring_have_the_gradients_of_one_process(schedule, places):
+    assert max(results(run_processes(train_in_a_pipeline, 4, schedule, places))) < 1e-12
+
+
 # Checkpointing, compiling
 
 
