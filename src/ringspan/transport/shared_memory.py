@@ -10,23 +10,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import math
 import os
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ringspan.errors import RankFailedError, SharedMemoryFullError, explain
-from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, spec_of
+from ringspan.transport.contract import Channel, Transport
 from ringspan.transport.inbox import Inbox, Link, Page, Record
 from ringspan.transport.introduction import Introduction, exchange
-from ringspan.transport.segments import Mappings, Pool, Whereabouts, contiguous_view, laid_out, segment_of, view
+from ringspan.transport.segments import Mappings, Pool, Whereabouts
+from ringspan.transport.shared_channel import Loan, Note, SharedChannel
 
 _AGREEMENT, _PARCEL, _RELEASED, _FAILED, _LEFT = range(5)  # kinds of records
 _LONGEST_SLEEP_S = 1.0  # until what others say in their pages is looked at again
@@ -66,12 +64,12 @@ class SharedMemoryTransport(Transport):
         self.timeout_s = timeout_s
         self.pool, self._mappings = Pool(), Mappings()
         self.links = {link.rank: link for link in links}
-        self._loans: dict[int, _Loan] = {}
+        self._loans: dict[int, Loan] = {}
         self._loan_serials = itertools.count()
         self._beside = beside
         self._inbox = inbox
         self._messages: dict[tuple[int, int], bytes] = {}  # by call and sender
-        self._notes: dict[tuple[int, int, int, int], _Note] = {}  # by call, sender, index and lane
+        self._notes: dict[tuple[int, int, int, int], Note] = {}  # by call, sender, index and lane
         self._call = 0  # the last that began here
         self._failed_first: tuple[int, str] | None = None
         self._spoiled: float = math.inf  # the earliest call that anybody gave up
@@ -102,7 +100,7 @@ class SharedMemoryTransport(Transport):
         return [self._messages.pop((call, rank)) for rank in range(self.size)]
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        return _SharedChannel(self, call, tuple(members))
+        return SharedChannel(self, call, tuple(members))
 
     def fail(self, error: BaseException) -> None:
         # Whoever reads what this rank lent to the call must hear of it, though a failure in a later call is known.
@@ -117,7 +115,7 @@ class SharedMemoryTransport(Transport):
     def tell(self, rank: int, call: int, note: bytes) -> None:
         self._send(rank, _PARCEL, call, note)
 
-    def note(self, call: int, sender: int, index: int, lane: int) -> _Note:
+    def note(self, call: int, sender: int, index: int, lane: int) -> Note:
         """Wait for what the sender tells of the parcel of this step and lane."""
         key = (call, sender, index, lane)
         self.wait(lambda: key in self._notes, lambda: {sender}, f"in step {index} of call {call}")
@@ -145,12 +143,12 @@ class SharedMemoryTransport(Transport):
                 )
             ) from error
 
-    def new_loan(self, whereabouts: list[Whereabouts], memory: Tensor | None) -> _Loan:
-        loan = _Loan(next(self._loan_serials), whereabouts, memory)
+    def new_loan(self, whereabouts: list[Whereabouts], memory: Tensor | None) -> Loan:
+        loan = Loan(next(self._loan_serials), whereabouts, memory)
         self._loans[loan.serial] = loan
         return loan
 
-    def end_loan(self, loan: _Loan, call: int) -> None:
+    def end_loan(self, loan: Loan, call: int) -> None:
         del self._loans[loan.serial]
         if loan.memory is not None:
             self.pool.give_back(loan.memory, call)
@@ -229,7 +227,7 @@ class SharedMemoryTransport(Transport):
             if record.kind == _AGREEMENT:
                 self._messages[record.call, record.sender] = record.body
             elif record.kind == _PARCEL:
-                index, lane, note = _Note.unpacked(record.body)
+                index, lane, note = Note.unpacked(record.body)
                 self._notes[record.call, record.sender, index, lane] = note
             elif record.kind == _RELEASED:
                 self._loans[int(record.body)].returned(record.sender)
@@ -267,159 +265,3 @@ def _leave(rank: int, pid: int, page: Page, inbox: Inbox, links: Sequence[Link])
     inbox.close()
     for link in links:
         link.close()
-
-
-@dataclass(eq=False)
-class _Loan:
-    """A parcel of this rank that others read. memory: what was taken from the pool for it."""
-
-    serial: int
-    whereabouts: list[Whereabouts]
-    memory: Tensor | None
-    readers: Counter = field(default_factory=Counter)
-
-    def returned(self, reader: int) -> None:
-        self.readers[reader] -= 1
-
-    def reading(self) -> set[int]:
-        return {reader for reader, count in self.readers.items() if count}
-
-
-@dataclass(frozen=True)
-class _Note:
-    """What a rank is told of a parcel: whose it is, under which number, and where its tensors lie."""
-
-    owner: int
-    loan: int
-    whereabouts: list[Whereabouts]
-
-    def packed(self, index: int, lane: int) -> bytes:
-        lies = [[x.serial, x.fd, x.size, x.offset, *x.stride] for x in self.whereabouts]
-        return json.dumps([index, lane, self.owner, self.loan, lies], separators=(",", ":")).encode()
-
-    @staticmethod
-    def unpacked(body: bytes) -> tuple[int, int, _Note]:
-        index, lane, owner, loan, lies = json.loads(body)
-        return (
-            index,
-            lane,
-            _Note(
-                owner,
-                loan,
-                [Whereabouts(serial, fd, size, at, tuple(stride)) for serial, fd, size, at, *stride in lies],
-            ),
-        )
-
-
-class _SharedChannel(Channel):
-    in_place = True
-
-    def __init__(self, transport: SharedMemoryTransport, call: int, members: tuple[int, ...]) -> None:
-        self._transport = transport
-        self._call = call
-        self._members = members
-        self._loans: dict[Parcel, _Loan] = {}
-        self._buffers: dict[Parcel, Tensor] = {}  # with their memory in the pool
-        self._borrowed: dict[Parcel, _Note] = {}
-        self.rank = members.index(transport.rank)
-        self.size = len(members)
-
-    def post(
-        self,
-        index: int,
-        lane: int,
-        sends: Sequence[tuple[int, Parcel]] = (),
-        receives: Sequence[tuple[int, Spec]] = (),
-    ) -> Pending:
-        for peer, parcel in sends:
-            note = self._lend(parcel, self._members[peer])
-            self._transport.tell(self._members[peer], self._call, note.packed(index, lane))
-        filled = [self._loans[parcel] for _, parcel in sends if parcel in self._buffers]
-        return _SharedPending(self, index, lane, receives, filled)
-
-    def _lend(self, parcel: Parcel, reader: int) -> _Note:
-        assert parcel not in self._borrowed, "what is read in place is not handed on"
-        loan = self._loans.get(parcel)
-        if loan is None:
-            loan = self._loans[parcel] = self._publish(parcel)
-        loan.readers[reader] += 1
-        return _Note(self._transport.rank, loan.serial, loan.whereabouts)
-
-    def _publish(self, parcel: Parcel) -> _Loan:
-        """Copy what does not lie in shared memory already, once for all readers."""
-        elsewhere = [place for place, x in enumerate(parcel.tensors) if segment_of(x) is None]
-        tensors, memory = list(parcel.tensors), None
-        if elsewhere:
-            memory, copies = self._allocate(spec_of([tensors[place] for place in elsewhere]))
-            for place, copy in zip(elsewhere, copies, strict=True):
-                tensors[place] = copy.copy_(tensors[place])
-        return self._transport.new_loan([Whereabouts.of(x) for x in tensors], memory)
-
-    def _allocate(self, spec: Spec) -> tuple[Tensor, list[Tensor]]:
-        offsets, num_bytes = laid_out(spec)
-        memory = self._transport.pool.take(num_bytes)
-        parts = zip(offsets, spec.shapes, spec.dtypes, strict=True)
-        return memory, [contiguous_view(memory, offset, shape, dtype) for offset, shape, dtype in parts]
-
-    def buffer(self, spec: Spec) -> Parcel:
-        memory, tensors = self._allocate(spec)
-        parcel = Parcel(tuple(tensors))
-        self._buffers[parcel] = memory
-        return parcel
-
-    def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
-        note = self._transport.note(self._call, self._members[peer], index, lane)
-        parts = zip(note.whereabouts, spec.shapes, spec.dtypes, strict=True)
-        parcel = Parcel(
-            tuple(
-                view(self._transport.memory(note.owner, lies, self._call), lies.offset, shape, lies.stride, dtype)
-                for lies, shape, dtype in parts
-            )
-        )
-        self._borrowed[parcel] = note
-        return parcel
-
-    def await_readers(self, loans: Collection[_Loan]) -> None:
-        self._transport.wait(
-            lambda: not any(loan.reading() for loan in loans),
-            lambda: set().union(*(loan.reading() for loan in loans)),
-            f"to read rank {self._transport.rank}'s tensors in call {self._call}",
-        )
-
-    def release(self, parcel: Parcel) -> None:
-        if parcel in self._borrowed:
-            note = self._borrowed.pop(parcel)
-            self._transport.give_back(note.owner, self._call, note.loan)
-        elif parcel in self._buffers:
-            self._transport.pool.give_back(self._buffers.pop(parcel), self._call)
-            self._end(self._loans.pop(parcel, None))
-
-    def _end(self, loan: _Loan | None) -> None:
-        if loan is not None:
-            self._transport.end_loan(loan, self._call)
-
-    def close(self) -> None:
-        self.await_readers(self._loans.values())
-        for loan in self._loans.values():
-            self._end(loan)
-        self._loans.clear()
-        self._transport.end_call(self._call)
-
-
-class _SharedPending(Pending):
-    def __init__(
-        self,
-        channel: _SharedChannel,
-        index: int,
-        lane: int,
-        receives: Sequence[tuple[int, Spec]],
-        filled: Sequence[_Loan],
-    ) -> None:
-        self._channel, self._index, self._lane = channel, index, lane
-        self._receives, self._filled = receives, filled
-
-    def wait(self) -> list[Parcel]:
-        received = [self._channel.take(self._index, self._lane, peer, spec) for peer, spec in self._receives]
-        if self._filled:
-            self._channel.await_readers(self._filled)
-        return received
