@@ -247,7 +247,7 @@ def interrupt_refusal(rank):
 
 def interrupt_decision(rank):
     """All have agreed, and the others may be computing already."""
-    return interrupt(rank, at=(call, "_decide"))
+    return interrupt(rank, at=(call, "decide"))
 
 
 @pytest.mark.parametrize("work", [interrupt, interrupt_refusal, interrupt_decision])
