@@ -78,17 +78,10 @@ static std::vector<AbsorbItem> plan_absorb(const AbsorbCall& call, const Kernels
     return items;
 }
 
-void absorb(const AbsorbCall& given, int num_threads) {
-    if (given.num_runs == 0) return;
-    AbsorbCall call = given;
-    const Sizes& sizes = call.sizes();
-    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim || !sizes.value_dim) return;
-    const Kernels& asked = asked_for(call.rounds_weights);
-    // The values are no pairs of dimensions, but those who have pairs only want them in bfloat16.
-    call.bfloat16_pairs = std::all_of(call.runs, call.runs + call.num_runs, [&](const KeyRun& run) {
-        return makes_pairs(asked, sizes.dim, {&call.q, &run.k}) && (!asked.pairs_only || run.v.dtype == DType::bfloat16);
-    });
-    const Kernels& isa = serving(asked, call.bfloat16_pairs);
+// Runs that are multiplied in one way.
+static void absorb_alike(AbsorbCall call, const Kernels& asked, bool pairs, int num_threads) {
+    call.bfloat16_pairs = pairs;
+    const Kernels& isa = serving(asked, pairs);
     struct Context {
         const AbsorbCall& call;
         const Kernels& isa;
@@ -98,7 +91,26 @@ void absorb(const AbsorbCall& given, int num_threads) {
         const auto& c = *static_cast<Context*>(pointer);
         c.isa.absorb_item(c.call, c.items[i], scratch);
     };
-    run_items(num_threads, static_cast<int64_t>(context.items.size()), context.isa.absorb_scratch_bytes(sizes), work, &context);
+    run_items(num_threads, static_cast<int64_t>(context.items.size()), isa.absorb_scratch_bytes(call.sizes()), work, &context);
+}
+
+void absorb(const AbsorbCall& given, int num_threads) {
+    if (given.num_runs == 0) return;
+    const Sizes& sizes = given.sizes();
+    if (!sizes.batch || !sizes.heads || !sizes.queries || !sizes.dim || !sizes.value_dim) return;
+    const Kernels& asked = asked_for(given.rounds_weights);
+    // The values are no pairs of dimensions, but those who have pairs only want them in bfloat16.
+    const auto in_pairs = [&](const KeyRun& run) {
+        return makes_pairs(asked, sizes.dim, {&given.q, &run.k}) && (!asked.pairs_only || run.v.dtype == DType::bfloat16);
+    };
+    // Which keys lie in pairs differs between shards. A run's bits must not depend on those that it comes with.
+    AbsorbCall part = given;
+    for (const KeyRun *end = given.runs + given.num_runs, *next; part.runs != end; part.runs = next) {
+        const bool pairs = in_pairs(*part.runs);
+        next = std::find_if(part.runs, end, [&](const KeyRun& run) { return in_pairs(run) != pairs; });
+        part.num_runs = next - part.runs;
+        absorb_alike(part, asked, pairs, num_threads);
+    }
 }
 
 struct GradientOrder {

@@ -330,6 +330,8 @@ class KernelBehaviour:
             (tile.k[:, :, keys], tile.v[:, :, keys], tile.visible.block(rows, keys))
             for keys in reversed(_pieces(0, 60, 60, 61, 128, 190))
         ]
+        # The last ones lie otherwise, as shards of several ranks may.
+        runs[3:] = [(STORAGES["dims first"](k), v, visible) for k, v, visible in runs[3:]]
         self.kernel.absorb_runs(state, tile.q, runs, tile.scale)
         apart = SoftmaxState.empty(tile.q)
         for run in runs:
