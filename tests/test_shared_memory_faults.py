@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 import ringspan
 from ringspan import call
 from ringspan.transport import inbox, segments, shared_memory
+from ringspan.transport.contract import Spec, spec_of
 from ringspan.transport.process_group import transport_of
 
-MIB = 1 << 20
+MIB, CPU = 1 << 20, torch.device("cpu")
 
 
 def shards(rank, tokens=64, make=torch.empty):
@@ -742,6 +743,50 @@ def test_what_is_left_is_the_least_of_the_host_and_its_containers(tmp_path):
     assert segments.memory_left(tmp_path) == 5000, "the other groups count"
 
 
+@pytest.mark.parametrize("size", [0, 1 << 16])
+def test_whoever_opens_a_segment_cannot_change_its_size(size):
+    """Or a rank that has it mapped would be killed by its next read."""
+    memory = segments.create(100)
+    with pytest.raises(PermissionError):
+        os.ftruncate(segments.segment_of(memory).fd, size)
+
+
+def test_a_program_that_is_started_inherits_nothing_of_a_group():
+    """It may outlive the group, and would hold its memory."""
+    end, memory = ends(2)[0], segments.create(100)
+    numbers = [segments.segment_of(memory).fd, end._inbox.read_end, end._inbox.write_end]
+    numbers += [end.links[1].pidfd, end.links[1].pipe]
+    assert not any(map(os.get_inheritable, numbers))
+
+
+def test_the_ends_of_a_group_take_their_files_with_them():
+    before = open_files()
+    transports = ends(3)
+    assert open_files() > before
+    del transports
+    gc.collect()
+    assert open_files() == before
+
+
+def test_a_rank_that_could_share_memory_with_one_that_cannot_leaves_nothing_open():
+    before = open_files()
+    beside = SimpleNamespace(rank=0, size=2, begin_call=lambda: 1)
+    beside.agree = lambda call, message: [message, b'{"no": "this system has no memfd_create"}']
+    assert shared_memory.connect(beside, 10) == "rank 1: this system has no memfd_create"
+    gc.collect()
+    assert open_files() == before
+
+
+def test_tensors_of_several_dtypes_lie_in_one_segment_where_each_may_begin():
+    spec = Spec(((3,), (5,), (1, 0), (7,)), (torch.bfloat16, torch.float32, torch.int8, torch.float64), CPU)
+    parcel = ends(2)[0].channel(1, (0, 1)).buffer(spec)
+    assert spec_of(parcel.tensors) == spec
+    assert not any(x.data_ptr() % 64 for x in parcel.tensors)
+    for number, x in enumerate(parcel.tensors):
+        x.fill_(number)
+    assert all((x == number).all() for number, x in enumerate(parcel.tensors))
+
+
 def test_a_number_that_means_another_segment_by_now_is_not_mapped():
     memory = segments.create(100)
     lies = segments.Whereabouts.of(memory)
@@ -776,6 +821,14 @@ def test_small_calls_do_not_keep_the_memory_of_a_large_one():
     assert mappings() == before, "the large one gone, a small one made"
     again = pool.take(2000)
     assert again.numel() == 4096
+
+
+def test_of_the_memory_that_is_there_the_smallest_that_does_is_taken():
+    """Or a small parcel would hold what a large one needs, and another would be made for that."""
+    pool, sizes = segments.Pool(), (3 * MIB, MIB, 2 * MIB)
+    for memory in [pool.take(size) for size in sizes]:
+        pool.give_back(memory, 1)
+    assert [pool.take(MIB).numel() for _ in sizes] == [MIB, 2 * MIB, 3 * MIB]
 
 
 def test_lengths_that_change_from_call_to_call_do_not_pile_up():
