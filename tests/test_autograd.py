@@ -249,13 +249,16 @@ def test_modes_of_the_caller_hold_in_the_workers_and_torch_threads_are_restored(
 
     def modes(group):
         autocast = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast
+        is_cached = torch.is_autocast_cache_enabled()
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast, is_cached
 
-    assert run_local(modes, 2) == [(True, False, False)] * 2
+    assert run_local(modes, 2) == [(True, False, False, True)] * 2
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
-        assert run_local(modes, 2) == [(False, False, torch.float16)] * 2
+        assert run_local(modes, 2) == [(False, False, torch.float16, True)] * 2
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        assert run_local(modes, 2) == [(True, False, torch.bfloat16, False)] * 2
     with torch.inference_mode():
-        assert run_local(modes, 2) == [(False, True, False)] * 2
+        assert run_local(modes, 2) == [(False, True, False, True)] * 2
         out = run_local(lambda group: ringspan.ring_attention(*(x.detach() for x in tensors())), 2)
         assert not out[0].requires_grad
     assert (torch.get_num_threads(), threading.active_count()) == before

@@ -15,6 +15,7 @@ from ringspan import run_local
 from ringspan.agreement import MESSAGE_BYTES, _pack
 from ringspan.arguments import check_like, check_tensors
 from ringspan.kernels.table import KERNELS
+from ringspan.transport.local import Board
 
 
 def shards(tokens=8, heads=2, head_dim=4, dtype=torch.float32, seed=0, batch=1, kv_heads=None, value_dim=None):
@@ -270,6 +271,18 @@ def test_ranks_that_name_other_transports_are_told():
         return good_call()
 
     assert run_local(work, 2, timeout=30) == [(1, 2, 8, 4)] * 2
+
+
+@pytest.mark.parametrize("transport", ["shared_memory", "torch_dist"])
+def test_a_transport_between_processes_is_refused_by_threads_and_by_a_ring_of_one(transport):
+    def work(group):
+        with pytest.raises(ringspan.ArgumentError, match=r"cannot serve this group(.|\n)*of threads \(run_local\)"):
+            ringspan.ring_attention(*shards(), transport=transport)
+        return good_call()
+
+    assert run_local(work, 2, timeout=30) == [(1, 2, 8, 4)] * 2
+    with pytest.raises(ringspan.ArgumentError, match="cannot serve this group"):
+        ringspan.ring_attention(*shards(), transport=transport)
 
 
 def test_a_check_that_fails_in_an_unforeseen_way_is_a_refusal_too(monkeypatch):
@@ -630,6 +643,15 @@ def test_the_refusal_comes_out_of_run_local_and_not_what_tells_of_it():
         run_local(work, 3)
     assert not isinstance(told.value, ringspan.PeerRefusedError)
     assert told.value.__notes__ == ["raised in rank 2 of run_local"]
+
+
+def test_who_gave_up_because_of_a_rank_that_told_of_a_refusal_does_not_come_out_either():
+    board = Board(3, timeout_s=10)
+    told, gave_up = ringspan.PeerRefusedError("rank 2 refused"), ringspan.RankFailedError("rank 0 failed first")
+    refusal = ringspan.ArgumentError("layout is unknown")
+    for rank, error in enumerate((told, gave_up, refusal)):
+        board.fail(rank, error)
+    assert board.failure == (2, refusal)
 
 
 def test_the_first_failure_comes_out_of_run_local_and_not_what_followed_from_it():

@@ -153,6 +153,13 @@ def test_out_is_as_wide_as_the_values_where_they_are_not_as_wide_as_the_queries(
     assert SoftmaxState.empty(torch.zeros(*SHAPE, DIM), value_dim=7).acc.shape == (*SHAPE, 7)
 
 
+def test_an_empty_state_is_on_the_device_of_the_queries_whatever_the_default_is():
+    q = torch.zeros(*SHAPE, DIM)
+    with torch.device("meta"):
+        state = SoftmaxState.empty(q)
+    assert {x.device for x in tensors(state)} == {q.device}
+
+
 def test_select_of_everything_is_the_state_itself():
     state = part(3)
     num_batch, num_heads, num_rows = state.row_max.shape

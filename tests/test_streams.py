@@ -1,6 +1,7 @@
 """The order of streams: rings of threads that each have a stream of their own, under a happens-before checker."""
 
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from ringspan.options import Options
 from ringspan.transport import local, streams
 from ringspan.transport.contract import Parcel, spec_of
 from ringspan.transport.streams import CudaStreams
+
+ON_GPU = streams._on_gpu
 
 
 @pytest.fixture
@@ -194,6 +197,28 @@ def test_results_that_nobody_holds_are_noticed(recorder, monkeypatch):
     monkeypatch.setattr(CudaStreams, "hold", lambda self, tensors: None)
     rings_inside_of_rings(recorder)
     assert any("without holding it" in race for race in recorder.races)
+
+
+def test_workers_run_on_the_device_of_their_caller(recorder, monkeypatch):
+    """A new thread's own is the first one."""
+    entered = []
+
+    @contextmanager
+    def device(number):
+        entered.append(number)
+        yield
+
+    monkeypatch.setattr(streams.torch.cuda, "device", device)
+    monkeypatch.setattr(streams.torch.cuda, "current_device", lambda: 3)
+    run_local(lambda group: None, 2)
+    assert entered == [3, 3]
+
+
+def test_results_that_lie_on_the_cpu_are_not_held(recorder, monkeypatch):
+    """torch has no stream to hold them for."""
+    monkeypatch.setattr(streams, "_on_gpu", ON_GPU)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: pytest.fail("this tensor has no stream"))
+    run_local(lambda group: torch.ones(3), 2)
 
 
 def test_workers_run_backward_in_their_own_thread_on_every_device():

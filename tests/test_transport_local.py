@@ -58,10 +58,36 @@ def test_a_reader_is_counted_before_it_can_find_what_it_reads():
     run_local(work, 3, timeout=30)
 
 
+def test_of_those_that_a_parcel_was_lent_to_only_who_still_reads_is_named():
+    taken = threading.Barrier(3)
+
+    def work(group):
+        channel, mine = group.transport.channel(group.transport.begin_call(), range(3)), Parcel((torch.zeros(4),))
+        if channel.rank == 0:
+            channel.post(0, 0, [(1, mine), (2, mine)])
+            taken.wait(30)
+            group.transport._board.timeout_s = 0.01
+            with pytest.raises(ringspan.RankFailedError, match="for rank 1 to read rank 0's tensors"):
+                channel.close()
+        else:
+            (arrived,) = channel.post(0, 0, (), [(0, spec_of(mine.tensors))]).wait()
+            if channel.rank == 2:
+                channel.release(arrived)
+            taken.wait(30)
+
+    run_local(work, 3, timeout=30)
+
+
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e10, "60"])
 def test_a_timeout_that_no_wait_can_have_is_refused(timeout):
     with pytest.raises(ringspan.ArgumentError, match="timeout must be"):
         run_local(lambda group: None, 2, timeout=timeout)
+
+
+@pytest.mark.parametrize("num_workers", [0, -1, 2.0, True, "2"])
+def test_a_number_of_workers_that_no_ring_can_have_is_refused(num_workers):
+    with pytest.raises(ringspan.ArgumentError, match="num_workers must be"):
+        run_local(lambda group: None, num_workers)
 
 
 def test_a_ring_of_one_exchanges_nothing_and_refuses_as_others_do(monkeypatch):
