@@ -239,9 +239,9 @@ def test_what_requires_grad_is_no_matter_where_nothing_is_differentiated():
     def work(group):
         q, k, v = (x.requires_grad_(group.rank() == 1) for x in (x.detach() for x in tensors()))
         with torch.no_grad():
-            return ringspan.ring_attention(q, k, v).shape
+            return ringspan.ring_attention(q, k, v).shape, ringspan.unshard(q, 2).shape
 
-    assert run_local(work, 2) == [(1, 4, 24, 8)] * 2
+    assert run_local(work, 2) == [((1, 4, 24, 8), (1, 4, 48, 8))] * 2
 
 
 def test_modes_of_the_caller_hold_in_the_workers_and_torch_threads_are_restored():

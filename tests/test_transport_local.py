@@ -10,6 +10,7 @@ from transport_behaviour import BEHAVIOURS, NUM_RANKS
 import ringspan
 from ringspan import run_local
 from ringspan.transport import cores as of_cores
+from ringspan.transport import local
 from ringspan.transport.contract import Parcel, spec_of
 from ringspan.transport.local import LocalTransport
 
@@ -159,6 +160,15 @@ def test_no_call_leaves_anything_at_its_group():
     assert not board.agreements
     for box in board.boxes:
         assert not (box.parcels or box.num_readers or box.readers or box.read)
+
+
+@pytest.mark.parametrize(("num_workers", "num_cores", "at_once"), [(5, 2, 2), (2, 8, 2)])
+def test_as_many_workers_compute_at_once_as_there_are_cores(monkeypatch, num_workers, num_cores, at_once):
+    monkeypatch.setattr(local, "num_cores", lambda: num_cores)
+    permits = local.Board(num_workers, timeout_s=10).permits
+    for _ in range(at_once):
+        permits.take()
+    assert permits._free.empty()
 
 
 @pytest.mark.skipif(of_cores._getcpu is None, reason="threads cannot be moved here")
