@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import ringspan
 from ringspan import call
 from ringspan.transport import inbox, segments, shared_memory
-from ringspan.transport.contract import Spec, spec_of
+from ringspan.transport.contract import Parcel, Spec, spec_of
 from ringspan.transport.process_group import transport_of
 
 MIB, CPU = 1 << 20, torch.device("cpu")
@@ -432,6 +432,27 @@ def test_of_the_calls_that_were_given_up_the_earliest_counts():
     third.fail(ValueError("in the second call"))
     with pytest.raises(ringspan.RankFailedError, match="rank 1 failed first: ValueError: in the first call"):
         meet(mine)
+
+
+def test_a_rank_that_gave_up_because_of_another_tells_of_that_one_and_not_of_itself():
+    mine, second, third = ends(3)
+    come(third, 1)
+    third.begin_call()
+    third.fail(ValueError("out of luck"))
+    with pytest.raises(ringspan.RankFailedError):
+        meet(second)  # still in the first call, which it thereby gives up
+    with pytest.raises(ringspan.RankFailedError, match="rank 2 failed first: ValueError: out of luck") as told:
+        meet(mine)  # which looks at what its second says first
+    assert "rank 1 failed first" not in str(told.value)
+
+
+def test_a_rank_that_is_gone_is_not_waited_for_as_a_reader():
+    mine, _other = ends(2)
+    channel = mine.channel(mine.begin_call(), (0, 1))
+    channel.post(0, 0, [(1, Parcel((torch.zeros(4),)))])
+    mine._inbox.sleep = lambda seconds, watched, until_room_in: next(iter(watched), None)
+    with pytest.raises(ringspan.RankFailedError, match=r"rank 1 to read rank 0's tensors(.|\n)*its process .* is gone"):
+        channel.close()
 
 
 def test_a_failure_is_told_however_long_its_reason_is_and_outlasts_its_rank():

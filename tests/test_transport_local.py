@@ -162,6 +162,16 @@ def test_no_call_leaves_anything_at_its_group():
         assert not (box.parcels or box.num_readers or box.readers or box.read)
 
 
+def test_a_thread_that_may_not_be_moved_goes_on_where_it_is(monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(of_cores, "_getcpu", lambda: 0)
+    monkeypatch.setattr(of_cores.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(of_cores.os, "sched_setaffinity", refuse)
+    of_cores._move_to(1)
+
+
 @pytest.mark.parametrize(("num_workers", "num_cores", "at_once"), [(5, 2, 2), (2, 8, 2)])
 def test_as_many_workers_compute_at_once_as_there_are_cores(monkeypatch, num_workers, num_cores, at_once):
     monkeypatch.setattr(local, "num_cores", lambda: num_cores)

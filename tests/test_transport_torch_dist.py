@@ -9,6 +9,7 @@ import socket
 import threading
 from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from ringspan.kernels.table import KERNELS
 from ringspan.transport import bulletin, segments, torch_dist
 from ringspan.transport.bulletin import WATCH_S, Bulletin
 from ringspan.transport.process_group import transport_of
-from ringspan.transport.waiter import Outcome
+from ringspan.transport.waiter import Outcome, Waiter
 
 
 def behave(rank, place):
@@ -288,6 +289,16 @@ def test_a_rank_that_is_done_first_may_take_the_store_with_it():
         assert ending.value.shape == (1, 1, 8, 4)
 
 
+def test_which_of_several_waits_failed_is_known():
+    """Its rank is the one that is named."""
+    waiter, works = Waiter("of-a-test"), [SimpleNamespace(wait=lambda: None), SimpleNamespace(wait=lambda: 1 / 0)]
+    outcome = waiter.wait_for(works)
+    with pytest.raises(RuntimeError, match="division by zero"):  # whatever kind of error it was
+        outcome.result(60)
+    assert outcome.position == 1
+    waiter.stop()
+
+
 class SilentStore:
     """One whose host has been stopped."""
 
@@ -309,6 +320,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(monkeypatch):
     left = Bulletin(NamedGroup(store, 0))
     try:
         left.report(0, "no room")
+        monkeypatch.setattr(bulletin, "_STORE_S", 600)  # which only an answer would give it again
         assert left.first_failure() == (None, "the process group's store is gone (no answer)")
         assert left.roll_call(0, 2, 1) == ""
     finally:
