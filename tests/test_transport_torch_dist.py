@@ -400,9 +400,13 @@ def test_what_gloo_has_not_sent_when_a_rank_fails_does_not_arrive():
 
 
 @pytest.mark.timeout(20)
-def test_a_store_that_is_gone_does_not_outlast_the_groups_timeout():
+@pytest.mark.parametrize(("timeout_s", "no_store_s"), [(0.1, 600.0), (600.0, 0.1)])
+def test_without_a_store_a_wait_lasts_no_longer_than_the_groups_timeout_or_the_bound(
+    monkeypatch, timeout_s, no_store_s
+):
+    monkeypatch.setattr(torch_dist, "_NO_STORE_S", no_store_s)
     transport = object.__new__(torch_dist.TorchDistTransport)
-    transport.rank, transport.size, transport.timeout_s = 1, 2, 0.1
+    transport.rank, transport.size, transport.timeout_s = 1, 2, timeout_s
     transport._bulletin = Bulletin(NamedGroup(dist.HashStore(), 1))
     transport._bulletin.first_failure = lambda: (None, "the store is gone")
     with pytest.raises(ringspan.RankFailedError, match="the store is gone"):
