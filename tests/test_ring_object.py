@@ -106,3 +106,13 @@ def test_a_block_that_is_given_rings_of_other_documents_is_one_graph_and_compile
         assert torch.equal(compiled(q, ring), block(q, ring))
     torch.compiler.reset()
     assert len(graphs) <= 2
+
+
+def test_what_is_compiled_for_one_ring_of_threads_serves_the_next():
+    compiled = torch.compile(lambda q, ring: ring.attention(q, q, q), fullgraph=True, backend="aot_eager")
+    q = torch.randn(1, 2, 12, 8)
+    try:
+        for _ in range(3):
+            run_local(lambda group: compiled(q, Ring(group=group)), 1)
+    finally:
+        torch.compiler.reset()

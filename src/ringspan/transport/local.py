@@ -31,6 +31,9 @@ class LocalGroup:
     def __init__(self, board: Board, rank: int) -> None:
         self._board = board
         self._rank = rank
+        # Names the group; the rank is that of the worker thread in which the name is resolved. Made once: torch.compile
+        # takes a number that changes from group to group for a symbolic one, of which it can make no text.
+        self.name = f"local:{board.serial}"
         self.transport = LocalTransport(board, rank)
 
     def rank(self) -> int:
@@ -38,11 +41,6 @@ class LocalGroup:
 
     def size(self) -> int:
         return self._board.size
-
-    @property
-    def name(self) -> str:
-        """Names the group; the rank is that of the worker thread in which the name is resolved."""
-        return f"local:{self._board.serial}"
 
     def __repr__(self) -> str:
         return f"LocalGroup(rank={self._rank}, size={self._board.size})"
