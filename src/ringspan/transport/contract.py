@@ -119,6 +119,16 @@ class Channel(ABC):
         return nullcontext()
 
 
+def of_the_parent(got: str) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            "a forked process cannot call on a group of its parent: the others would take it for the parent.",
+            got=got,
+            fix="call in the parent, or make a group in the child",
+        )
+    )
+
+
 class Transport(ABC):
     """One rank's end of a group.
 
@@ -139,13 +149,7 @@ class Transport(ABC):
     def one_call(self) -> Iterator[None]:
         """Around a call: refuses what would mix with others', and what no exchange of the ranks would notice."""
         if os.getpid() != self._pid:  # nobody is told: the others know only the parent
-            raise UnsupportedError(
-                explain(
-                    "a forked process cannot call on a group of its parent: the others would take it for the parent.",
-                    got=f"process {os.getpid()}; the group's is {self._pid}",
-                    fix="call in the parent, or make a group in the child",
-                )
-            )
+            raise of_the_parent(f"process {os.getpid()}; the group's is {self._pid}")
         if not self._in_call.acquire(blocking=False):
             error = UnsupportedError(
                 explain(

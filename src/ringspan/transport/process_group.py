@@ -6,6 +6,7 @@ through shared memory's pipes, and so do CPU tensors; all else goes through the 
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Sequence
@@ -14,16 +15,28 @@ from typing import Any
 import torch.distributed as dist
 
 from ringspan.errors import UnsupportedError, explain
-from ringspan.transport.contract import Channel, Transport
+from ringspan.transport.contract import Channel, Transport, of_the_parent
 from ringspan.transport.shared_memory import SharedMemoryTransport, connect
 from ringspan.transport.torch_dist import TorchDistTransport
 
 _transports: weakref.WeakKeyDictionary[Any, ProcessGroupTransport] = weakref.WeakKeyDictionary()
 _transports_lock = threading.Lock()
+_of_parent: weakref.WeakSet[Any] = weakref.WeakSet()  # groups that were there when this process was forked
+
+
+def _note_groups_of_parent() -> None:
+    """A transport knows its process, but the child may make the first call on a group."""
+    if dist.is_available():
+        _of_parent.update(dist.distributed_c10d._world.pg_map)
+
+
+os.register_at_fork(after_in_child=_note_groups_of_parent)
 
 
 def transport_of(group: dist.ProcessGroup) -> ProcessGroupTransport:
     """This rank's one transport of a process group."""
+    if group in _of_parent:  # before the lock, which another thread may have held at the fork
+        raise of_the_parent(f"process {os.getpid()}, forked when the group was there")
     with _transports_lock:
         if group not in _transports:
             _transports[group] = ProcessGroupTransport(group)
