@@ -431,3 +431,16 @@ def call_on_a_destroyed_group(rank):
 
 def test_calls_on_a_destroyed_group_are_refused():
     results(run_processes(call_on_a_destroyed_group, 2))
+
+
+def test_a_group_that_only_pretends_to_exchange_is_refused():
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # makes the backend known
+
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        x = torch.ones(1, 1, 4, 8)
+        for call in (lambda: ringspan.ring_attention(x, x, x), lambda: ringspan.unshard(x, 2)):
+            with pytest.raises(ringspan.UnsupportedError, match=r"cannot exchange anything(.|\n)*its backend is fake"):
+                call()
+    finally:
+        dist.destroy_process_group()

@@ -63,6 +63,7 @@ class TorchDistTransport(Transport):
         self.rank = group.rank()
         self.size = group.size()
         self._has_gloo = _gloo_of(group) is not None
+        self._check_can_gather(group)
         self._backends: dict[str, str | None] = {}  # by device type
         self._met = False  # on the accelerator
         self.timeout_s = _timeout_s(group)
@@ -72,6 +73,20 @@ class TorchDistTransport(Transport):
         self._num_calls = 0
         self._failure: str | None = None
         self.under_way: set[_Posted] = set()  # of gloo's
+
+    def _check_can_gather(self, group: dist.ProcessGroup) -> None:
+        """Refuse a group over which the ranks could not even compare their arguments, on every rank alike."""
+        accelerated = _backend_name(group, "cuda") if torch.cuda.is_available() else None
+        if self._has_gloo or accelerated not in (None, "fake"):
+            return
+        raise UnsupportedError(
+            explain(
+                "this process group cannot exchange anything between its ranks here.",
+                got=f"its backend is {_backend_name(group, 'cpu') or _backend_name(group, 'cuda')}, and "
+                f"{'there is a GPU' if torch.cuda.is_available() else 'no GPU is to be seen'}",
+                fix='gloo, NCCL where there are GPUs, or both: init_process_group("cpu:gloo,cuda:nccl")',
+            )
+        )
 
     def settle_life(self) -> None:
         """Before the first call, agree on how many groups had this name: a rank may have made no call on some."""
