@@ -10,7 +10,7 @@ from processes import results, run_processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
-from ringspan import call, execute, reshard, run_local
+from ringspan import api, call, execute, reshard, run_local, spmd
 from ringspan.agreement import CALL, DEVICE_TYPE, RINGS, Terms, agree
 from ringspan.errors import ArgumentError, DisagreementError, UnsupportedError
 from ringspan.kernels.contract import captures
@@ -236,6 +236,8 @@ def begun_on(monkeypatch):
     for module in (call, reshard):
         monkeypatch.setattr(module, "begin", begin)
     monkeypatch.setattr(call, "agree", begin)
+    for module in (api, reshard, spmd):  # fake tensors stand for real ones
+        monkeypatch.setattr(module, "check_carried_out", lambda *_: None)
     return found
 
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import results, run_processes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ringspan
 from ringspan import run_local
@@ -221,3 +223,26 @@ def test_unshard_refuses_what_torch_would_on_every_rank():
             transform(lambda x: ringspan.unshard(x, 0).sum())(
                 torch.ones(1, 2) if transform is torch.vmap else torch.ones(2)
             )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_unshard_is_not_recorded_as_constants_nor_imitated():
+    x = torch.ones(3, requires_grad=True)
+    full = ringspan.unshard(x, 0)
+
+    def gather(x):
+        return ringspan.unshard(x, 0)
+
+    def differentiate(d):
+        return torch.autograd.grad(full, x, d)
+
+    with pytest.raises(ringspan.UnsupportedError, match="unshard cannot be recorded"):
+        make_fx(gather)(torch.ones(3))
+    with pytest.raises(ringspan.UnsupportedError, match="the backward of unshard cannot be recorded"):
+        make_fx(differentiate)(torch.ones(3))
+    with pytest.raises(ringspan.UnsupportedError, match="unshard cannot be recorded"):
+        torch.jit.trace(gather, torch.ones(3), check_trace=False)
+    with FakeTensorMode(), pytest.raises(ringspan.UnsupportedError, match="got  a fake tensor"):
+        gather(torch.ones(3))
+    assert gather(torch.ones(3)).tolist() == [1, 1, 1]

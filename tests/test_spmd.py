@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from definition import OUT_BOUNDS, attention, bounds_of_gradients, gradients, relative_error
+from processes import results, run_processes
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ringspan
 from ringspan import ring_attention_spmd_bwd, ring_attention_spmd_fwd, run_local
@@ -493,3 +495,21 @@ def test_what_ranks_disagree_on_is_told_by_its_name_here(options, words):
         return True
 
     assert all(run_local(work, 2, timeout=30))
+
+
+def entries_in_a_program(rank):
+    q, k, v = torch.randn(3, 2, 1, 2, 16, 8, generator=torch.Generator().manual_seed(0))[:, rank]
+
+    def program(q, k, v):
+        o, lse = ring_attention_spmd_fwd[1](q, k, v, num_workers=2, tp_q=True, tp_k=True, training=True)
+        grads = ring_attention_spmd_bwd(q.mT, k.mT, v.mT, o.mT, o.mT, lse, num_workers=2)
+        return o + 1, *grads
+
+    with pytest.raises(ringspan.UnsupportedError, match="ring_attention_spmd_fwd cannot be recorded"):
+        make_fx(program)(q, k, v)
+    expected = program(q, k, v)
+    return all(map(torch.equal, torch.compile(program, backend="aot_eager")(q, k, v), expected))
+
+
+def test_torch_compile_leaves_the_entries_alone_and_make_fx_gets_no_constants_of_them():
+    assert results(run_processes(entries_in_a_program, 2)) == [True, True]

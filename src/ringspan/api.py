@@ -13,6 +13,7 @@ from ringspan import call, reshard
 from ringspan.arguments import (
     check_alike,
     check_can_be_kept,
+    check_carried_out,
     check_holds_numbers,
     check_local,
     check_no_transforms,
@@ -229,6 +230,7 @@ def unshard(
 
     cu_seqlens: as in `shard`. The same on every rank.
     """
+    check_carried_out("unshard", x)
     name = group_name(group)
     try:
         dim = _checked_dim(x, dim)

@@ -112,6 +112,26 @@ def check_holds_numbers(**tensors: Tensor) -> None:
             raise ArgumentTypeError(explain(f"{name} must hold numbers.", got="a tensor on the meta device", fix=fix))
 
 
+def check_carried_out(what: str, *given: object) -> None:
+    """Refuse where torch imitates operations, or records them one by one. An exchange with other ranks is none of them:
+    what it brings would be missing, or a constant of what was recorded. (ring_attention is one operation.)
+
+    Nobody is told: where nothing is carried out, that is not either, and all ranks record the same program.
+    """
+    modes = torch._C._TorchDispatchModeKey
+    imitated = torch._C._get_dispatch_mode(modes.FAKE) is not None or any(  # type: ignore[attr-defined]
+        type(x).__name__ == "FakeTensor" for x in given
+    )
+    if imitated or torch.jit.is_tracing() or torch._C._get_dispatch_mode(modes.PROXY) is not None:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            explain(
+                f"{what} cannot be recorded or imitated: what the other ranks hold would be missing.",
+                got="a fake tensor, or FakeTensorMode" if imitated else "make_fx, torch.export or torch.jit.trace",
+                fix="call it outside of what is traced; ring_attention may be within",
+            )
+        )
+
+
 def check_can_be_kept(gradients: str, **tensors: Tensor | None) -> None:
     """Refuse what autograd cannot keep for a backward: it would say so after the ring has run, to this rank alone."""
     for name, x in tensors.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
+from ringspan.arguments import check_carried_out
 from ringspan.call import begin, interruption_told, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
@@ -149,6 +150,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, d_full: Tensor, dim: int, layout: str, documents, group: str, *rest) -> Tensor:
+        check_carried_out("the backward of unshard", d_full)
         transport = resolve(group)
         with on_device_of(d_full), transport.one_call():
             return _Summed._of_all_ranks(transport, d_full, dim, layout, documents, *rest)

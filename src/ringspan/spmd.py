@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ringspan import arrays, call
-from ringspan.arguments import check_alike, check_tensors
+from ringspan.arguments import check_alike, check_carried_out, check_tensors
 from ringspan.arrays import Array
 from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
 from ringspan.kernels.threads import limited_to
+from ringspan.reshard import untraced
 from ringspan.spmd_arguments import (
     Groups,
     bounds_of,
@@ -37,11 +38,10 @@ from ringspan.transport.contract import Transport
 from ringspan.transport.table import group_name, resolve
 
 LSE_ROWS = 128  # lse is [b, h, 128, ceil(seqlen / 128)]: query s at [.., s % 128, s // 128]
-
-
 _LSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@untraced
 def _forward(
     q: Array,
     k: Array,
@@ -79,6 +79,7 @@ def _forward(
 
     Raises: as `ringspan.ring_attention`.
     """
+    check_carried_out("ring_attention_spmd_fwd", q, k, v)
     transport = _world()
     try:
         kind = arrays.kind_of(q=q, k=k, v=v)
@@ -111,6 +112,7 @@ def _forward(
             return o, arrays.from_torch(_rounded(_folded(lse), lse_type), kind)
 
 
+@untraced
 def _backward(
     q_ref: Array,
     k_ref: Array,
@@ -143,6 +145,7 @@ def _backward(
     Returns:
         dq [B, N, D, S], dk and dv [B, N_kv, D, S], float32 (float64 for float64 inputs).
     """
+    check_carried_out("ring_attention_spmd_bwd", q_ref, k_ref, v_ref)
     transport = _world()
     try:
         named = {"q_ref": q_ref, "k_ref": k_ref, "v_ref": v_ref, "o_ref": o_ref, "dy_ref": dy_ref}
