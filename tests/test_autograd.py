@@ -2,9 +2,11 @@
 
 import threading
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from definition import relative_error
 from processes import results, run_processes
 from torch.utils.checkpoint import checkpoint
@@ -497,3 +499,19 @@ def test_each_call_of_a_graph_has_its_place_and_the_next_graph_begins_anew(monke
     twice(q)
     torch.compiler.reset()
     assert places == [1, 2] * 3 + [0, 0]
+
+
+def backward_on_another_group_of_the_name(rank, folder):
+    x = torch.ones(1, 1, 4, 8, requires_grad=True)
+    results = ringspan.ring_attention(x, x, x), ringspan.unshard(x, 2)
+    dist.destroy_process_group()
+    again = dist.FileStore(f"{folder}/again", 2)
+    dist.init_process_group("gloo", store=again, rank=1 - rank, world_size=2, timeout=timedelta(seconds=60))
+    for result in results:
+        with pytest.raises(ringspan.ArgumentError, match="the process group of the forward is gone"):
+            result.sum().backward()
+    return ringspan.unshard(torch.tensor([rank]), 0).tolist()
+
+
+def test_a_backward_does_not_run_on_another_group_of_the_same_name(tmp_path):
+    assert results(run_processes(backward_on_another_group_of_the_name, 2, str(tmp_path))) == [[1, 0], [1, 0]]

@@ -249,7 +249,7 @@ def test_ranks_talk_to_each_other_on_the_gpu_of_the_call_s_tensors(begun_on, nam
             {
                 "forward": lambda: call.forward(alone().transport, x, x, x, Options()),
                 "unshard": lambda: reshard.unshard(x, 2, "contiguous", "alone"),
-                "its backward": lambda: reshard._Summed.apply(x, 2, "contiguous", None, "alone", 8, 1),
+                "its backward": lambda: reshard._Summed.apply(x, 2, "contiguous", None, "alone", 8, 1, lambda: None),
                 "a refusal": lambda: ringspan.ring_attention(x, x, x, layout="spiral"),
                 "a refused unshard": lambda: ringspan.unshard(x, 4),
                 "spmd": lambda: ringspan.ring_attention_spmd_fwd(x, x, x, num_workers=0),

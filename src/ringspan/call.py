@@ -5,6 +5,7 @@ Below the custom ops and the SPMD entries, which both end here.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -55,7 +56,7 @@ def forward(
             job = decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
         with running(transport):
             out, lse = execute.forward(job, channel, q, k, v, sinks)
-    _forwards.note(lse, number)
+    _forwards.note(lse, number, transport)
     return out, lse
 
 
@@ -77,7 +78,7 @@ def backward(
         check_like("lse", lse, q, q.shape[:3], any_dtype=True)
         kernel_for(options, q, v)
         terms = terms_of("the backward of ring_attention", (q, k, v, do), options, ring)
-        return replace(terms, forward=_forwards.number_of(lse))
+        return replace(terms, forward=_forwards.number_of(lse, transport))
 
     with on_device_of(q), transport.one_call():
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
@@ -103,22 +104,38 @@ class _Forwards:
 
     def __init__(self) -> None:
         # A weak reference keeps the address from becoming another's.
-        self._known: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int, weakref.ref[Transport]]] = {}
 
-    def note(self, lse: Tensor, number: int) -> None:
+    def note(self, lse: Tensor, number: int, transport: Transport) -> None:
         if len(self._known) % 64 == 63:
-            for address, (reference, _) in list(self._known.items()):
+            for address, (reference, *_) in list(self._known.items()):
                 if reference.expired():
                     self._known.pop(address, None)
         reference = StorageWeakRef(lse.untyped_storage())
-        self._known[reference.cdata] = reference, number
+        self._known[reference.cdata] = reference, number, weakref.ref(transport)
 
-    def number_of(self, lse: Tensor) -> int:
-        _, number = self._known.get(lse.untyped_storage()._cdata, (None, 0))
+    def number_of(self, lse: Tensor, transport: Transport) -> int:
+        found = self._known.get(lse.untyped_storage()._cdata)
+        if found is None:
+            return 0
+        _, number, made_on = found
+        check_same_group(made_on, transport)
         return number
 
 
 _forwards = _Forwards()
+
+
+def check_same_group(forward: weakref.ref[Transport], backward: Transport) -> None:
+    """torch gives a name anew after destroy_process_group, perhaps to other ranks, and a graph holds the name."""
+    if forward() is not backward and not backward.is_alone:
+        raise ArgumentError(
+            explain(
+                "the process group of the forward is gone.",
+                got="another of the same name, made since",
+                fix="keep a group until the last backward on it is done, or make the forward call again",
+            )
+        )
 
 
 def on_device_of(*given: object) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import check_carried_out
-from ringspan.call import begin, interruption_told, on_device_of, running
+from ringspan.call import begin, check_same_group, interruption_told, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.options import documents_of
@@ -120,7 +121,7 @@ class _Unshard(torch.autograd.Function):
             x = x.trigger_wait()  # type: ignore[attr-defined]
         with on_device_of(x), transport.one_call():
             full, number = _Unshard._gathered(transport, x, dim, layout, documents, differentiated)
-        ctx.arguments = dim, layout, documents, group, x.shape[dim], number
+        ctx.arguments = dim, layout, documents, group, x.shape[dim], number, weakref.ref(transport)
         return full
 
     @staticmethod
@@ -157,10 +158,10 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def _of_all_ranks(
-        transport: Transport, d_full: Tensor, dim: int, layout: str, documents, length: int, number: int
+        transport: Transport, d_full: Tensor, dim: int, layout: str, documents, length: int, number: int, made_on
     ) -> Tensor:
         asked = "the backward of unshard", d_full, length, dim, layout, documents
-        channel, agreed, _ = _begin(transport, *asked, True, number)
+        channel, agreed, _ = _begin(transport, *asked, True, number, made_on)
         with running(transport):
             places = from_lengths(layout, agreed.query_lengths, documents)
             mine = take(d_full, dim, places.ranges(channel.rank))
@@ -190,11 +191,14 @@ def _begin(
     documents,
     differentiated: bool,
     forward: int = 0,
+    made_on: weakref.ref[Transport] | None = None,
 ) -> tuple[Channel, Agreed, int]:
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
     def check() -> Terms:
+        if made_on is not None:
+            check_same_group(made_on, transport)
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["cu_seqlens"] = documents_in_words(documents)
         common["requires_grad"] = differentiated
