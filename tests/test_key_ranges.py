@@ -206,7 +206,7 @@ def whole_out(q, k, v, **options):
     return ringspan.unshard(ringspan.ring_attention(*mine, **options), 2)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own use of it
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_what_is_changed_after_a_call_is_seen_by_the_next_and_refused_by_its_backward(backend):
     q, k, v, *_ = Case(20).tensors()

@@ -155,7 +155,7 @@ def test_a_process_alone_may_compile_it():
     assert torch.equal(fn(x), 2 * x)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own use of it
 def test_a_graph_has_no_derivative_of_0_in_forward_mode():
     torch._dynamo.reset()
     x, tangent = torch.arange(4.0), torch.ones(4)
@@ -207,7 +207,7 @@ def refused_by_one(x):
     return own, words
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own use of it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # torch's own use of it
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_unshard_refuses_what_torch_would_on_every_rank():
     nested = torch._nested_tensor_from_mask(torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
