@@ -153,7 +153,7 @@ def test_compiled_without_a_graph_break_and_checkpointed_calls_have_the_same_bit
     assert results(run_processes(compile_and_checkpoint, 2)) == [True, True]
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.15's own look at its copies of the inputs
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.15 asks its own copies
 @pytest.mark.parametrize("op", ["attend", "attend_backward"])
 def test_the_custom_ops_pass_the_checks_of_torch_library(op):
     q, k, v = (x.detach() for x in tensors())
