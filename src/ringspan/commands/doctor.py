@@ -82,6 +82,8 @@ def _native() -> str:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return torch.__version__  # which build it is too: PyPI's file for 2.15.0+cu132 is of version 2.15.0
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
