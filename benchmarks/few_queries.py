@@ -3,6 +3,8 @@
     python benchmarks/few_queries.py [--tokens 65536] [--processes 2] [--pairs 15]
 
 Rank 0 has the queries, every rank a part of the keys. The same library in both, told in one of them that keys travel.
+Then every rank has the queries, as in decoding: decode_attention against the same by ring_attention, where rank 0 asks
+and all get the answer.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def main() -> None:
     print(machine())
     heads = f"{args.heads} heads, {args.kv_heads} of keys, d {args.head_dim}"
     print(f"{args.processes} processes of one thread, {args.tokens} keys, {heads}, bfloat16, forward")
-    print("speed of travelling queries against travelling keys: median (quartiles), their times")
+    print("speed of travelling queries against travelling keys; where all ranks have the queries, of decode_attention")
+    print("against ring_attention and unshard: median (quartiles), their times")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(rank_of, (args, f"{folder}/store"), args.processes)
 
@@ -43,6 +46,7 @@ def rank_of(rank: int, args: argparse.Namespace, store: str) -> None:
     k, v = torch.randn(2, *shape, dtype=torch.bfloat16).unbind()
     for transport in ("torch_dist", "shared_memory"):
         for num_queries in args.queries:
+            decode(rank, num_queries, k, v, transport, args)
             q = torch.randn(1, args.heads, num_queries if rank == 0 else 0, args.head_dim, dtype=torch.bfloat16)
 
             def queries_travel(q=q, transport=transport):
@@ -55,10 +59,31 @@ def rank_of(rank: int, args: argparse.Namespace, store: str) -> None:
             mine, theirs = queries_travel().float(), keys_travel().float()
             assert (mine - theirs).norm() <= 2 * 2.5e-3 * theirs.norm()  # each is within 2.5e-3 of the exact result
             found = interleaved(queries_travel, keys_travel, args.pairs)
-            if rank == 0:
-                times = f"{found.ours_s * 1e3:9.2f} ms {found.theirs_s * 1e3:9.2f} ms"
-                print(f"{transport:13} {num_queries:6} queries  {found!s:28} {times}", flush=True)
+            tell(rank, f"{transport:13} {num_queries:6} queries", found)
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def decode(rank: int, num_queries: int, k, v, transport: str, args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    q, ring = torch.randn(1, args.heads, num_queries, args.head_dim, dtype=torch.bfloat16), ringspan.Ring()
+
+    def one_exchange():
+        return ringspan.decode_attention(q, k, v, transport=transport)
+
+    def asked_by_the_first():
+        mine = q if rank == 0 else q[:, :, :0]
+        return ring.unshard(ring.attention(mine, k, v, transport=transport), 2)
+
+    mine, theirs = one_exchange().float(), asked_by_the_first().float()
+    assert (mine - theirs).norm() <= 2 * 2.5e-3 * theirs.norm()
+    tell(rank, f"{transport:13} {num_queries:6} on all ", interleaved(one_exchange, asked_by_the_first, args.pairs))
+
+
+def tell(rank: int, what: str, found) -> None:
+    if rank == 0:
+        times = f"{found.ours_s * 1e3:9.2f} ms {found.theirs_s * 1e3:9.2f} ms"
+        print(f"{what}  {found!s:28} {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 4 examples/generate.py
 
 The weights are random and small. The prompt goes over the ring once, and each rank keeps the keys and values that it
-made of its own tokens. Then `generate` runs as ever, on every rank alike: the query of a new token visits the keys of
-all ranks, which take turns to keep the new key. Nothing is patched. Rank 0 compares with one process.
+made of its own tokens. Then `generate` runs as ever, on every rank alike: each asks the keys that it has, and one
+exchange a layer puts the answers together. The ranks take turns to keep the new key. Nothing is patched. Rank 0
+compares with one process.
 
 A prompt needs more tokens than there are ranks, for these models do not run on none.
 """
@@ -32,14 +33,10 @@ def over_prompt(q, k, v, **options):
 
 
 def over_cache(q, k, v, **options):
-    """Every rank has the same query, of one token: the first asks, and all get the answer, in the same bits.
-
-    A new token sees every key, so there is no mask, and which rank has which does not matter.
-    """
+    """Of one new token, which every rank has. It sees every key, so which rank has which does not matter."""
     if q.shape[2] != 1:
         raise NotImplementedError("one new token at a time")
-    ring = ringspan.Ring()
-    return ring.unshard(ring.attention(ring.shard(q, 2), k, v, **options), 2)
+    return ringspan.decode_attention(q, k, v, **options)
 
 
 def attention(over, module, q, k, v, attention_mask, *, scaling=None, dropout=0.0, **others):

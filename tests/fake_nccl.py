@@ -184,6 +184,7 @@ def install(monkeypatch) -> None:
     from ringspan.transport import torch_dist
 
     monkeypatch.setattr(torch_dist, "dist", fake_dist)
+    monkeypatch.setattr(torch_dist, "_has_gpu", lambda: True)
     monkeypatch.setattr(torch_dist, "_accelerator", lambda: torch.device("cpu"))
     monkeypatch.setattr(torch_dist.TorchDistTransport, "runs_in_order", lambda transport, device_type: True)
     monkeypatch.setattr(torch_dist, "_backend_name", lambda group, device_type: "nccl")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import fake_nccl
 import pytest
 import torch
+from definition import attention, relative_error
 from happens_before import Recorder, Watched
 from transport_behaviour import BEHAVIOURS, NUM_RANKS, opened, parcel_of, spec_of
 from whole import Case, check
@@ -295,6 +296,24 @@ def races_of(case, follows=True):
     ranks(world, work)
     assert recorder.num_accesses > 100
     return [race for race in recorder.races if "holding" not in race]  # NCCL's works hold their tensors
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 5])
+def test_queries_that_all_ranks_have_are_exact_and_ordered_too(nccl, num_ranks):
+    recorder = Recorder()
+    q, k, v = torch.randn(1, 4, 3, 8), *torch.randn(2, 1, 2, 53, 8)
+    exact, _ = attention(q, k, v, torch.ones(3, 53, dtype=torch.bool), 8**-0.5)
+
+    def work(transport):
+        with recorder.on(f"rank {transport.rank}"), Watched(recorder):
+            where = held_by(transport, "contiguous", 53)
+            for _ in range(2):
+                out, _ = call.decode(transport, q, k[:, :, where], v[:, :, where], Options(kernel="reference"))
+            return out
+
+    found = ranks(fake_nccl.World(num_ranks, recorder), work)
+    assert all(torch.equal(out, found[0]) for out in found) and relative_error(found[0], exact) < 2e-6
+    assert [race for race in recorder.races if "holding" not in race] == []
 
 
 def test_races_show_when_waiting_orders_no_stream(nccl, monkeypatch):

@@ -78,6 +78,23 @@ def test_every_access_is_ordered_where_queries_travel(recorder, num_ranks):
     assert recorder.races == []
 
 
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_access_is_ordered_where_all_ranks_have_the_queries(recorder, num_ranks):
+    def work(group):
+        with Watched(recorder):
+            k, v = (x[group.rank()].clone() for x in keys)
+            for _ in range(2):
+                for x in call.decode(group.transport, q, k, v, Options(kernel="reference")):
+                    x.zero_()
+            k.zero_(), v.zero_()
+
+    with Watched(recorder):
+        q, keys = torch.randn(1, 2, 3, 4), torch.randn(2, num_ranks, 1, 2, 6, 4)
+        run_local(work, num_ranks, timeout=60)
+    assert recorder.num_accesses > 50
+    assert recorder.races == []
+
+
 def test_a_reader_s_mark_is_there_before_its_owner_may_see_that_it_is_done(recorder):
     class Counts(dict):
         def __setitem__(self, call, left):

@@ -10,7 +10,7 @@ The data's way through a call:
 """
 
 from ringspan import masks
-from ringspan.api import positions, ring_attention, shard, unshard
+from ringspan.api import decode_attention, positions, ring_attention, shard, unshard
 from ringspan.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -45,6 +45,7 @@ __all__ = [
     "SharedMemoryFullError",
     "UnsupportedError",
     "WorkerError",
+    "decode_attention",
     "empty_shared",
     "masks",
     "positions",

@@ -1,9 +1,10 @@
-"""The public face: ring_attention, shard, unshard, positions."""
+"""The public face: ring_attention, decode_attention, shard, unshard, positions."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -21,9 +22,16 @@ from ringspan.arguments import (
     check_tensor,
 )
 from ringspan.autograd import attend, next_place_in_graph, refuse_later
-from ringspan.errors import ArgumentError, ArgumentTypeError, explain, shown
+from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain, shown
 from ringspan.layout import split
-from ringspan.options import documents_of, documents_tensor, normalised_options, ranges_tensors
+from ringspan.options import (
+    Options,
+    documents_of,
+    documents_tensor,
+    normalised_options,
+    ranges_of,
+    ranges_tensors,
+)
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
 
@@ -128,16 +136,13 @@ def ring_attention(
     """
     name = group_name(group)
     try:
-        check_transport(name, transport)
-        q, k, v = _autocast(q, k, v)
-        if not q.device == k.device == v.device:  # the op sees it too, but not where one of them is a meta tensor
-            check_alike(q, k, v)
-        check_sinks(sinks, q)
-        check_no_transforms("ring_attention", q=q, k=k, v=v, sinks=sinks)
-        if not torch.compiler.is_compiling():
-            check_holds_numbers(q=q, k=k, v=v)
         documents, ranges = documents_tensor(cu_seqlens), ranges_tensors(key_ranges)
-        options = normalised_options(
+        q, k, v, options = _checked(
+            "ring_attention",
+            name,
+            (q, k, v),
+            sinks,
+            return_lse,
             causal=causal,
             window_size=window_size,
             cu_seqlens=None,  # its values are looked at inside of the op, so that graphs may hold a tensor
@@ -146,12 +151,7 @@ def ring_attention(
             kernel=kernel,
             transport=transport,
             agreement=agreement,
-            gradients=_gradients(q=q, k=k, v=v, sinks=sinks),
         )
-        if not torch.compiler.is_compiling():
-            check_can_be_kept(options.gradients, q=q, k=k, v=v, sinks=sinks)
-        if not isinstance(return_lse, bool):
-            raise ArgumentTypeError(explain("return_lse must be a bool.", got=shown(return_lse)))
     except Exception as error:
         if agreement is False:
             raise
@@ -181,6 +181,71 @@ def ring_attention(
         options.gradients,
         next_place_in_graph() if torch.compiler.is_compiling() else 0,
     )
+    return (out, lse) if return_lse else out
+
+
+@reshard.untraced
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any = None,
+    key_ranges: Tensor | Sequence[Tensor] | None = None,
+    sinks: Tensor | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    kernel: str = "auto",
+    transport: str = "auto",
+    agreement: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention of queries that every rank has, over the keys and values of all ranks: decoding.
+
+    Nothing goes round: each rank absorbs the keys that it has, and all exchange their float32 softmax states once and
+    merge them in one order ("Flash-Decoding", Dao et al. 2023, with ranks for splits). So every rank has the
+    whole result, in the same bits. Worth it where queries are few: a state is as large as out in float32.
+
+    Args:
+        q: [B, H, T, D], the same on every rank (shapes are compared, numbers are not).
+        k: [B, K, S_local, D], v: [B, K, S_local, E], of this rank. Which rank has which keys, and how many, is free.
+        key_ranges: as in `ring_attention`, T the number of queries; key positions count through rank 0's keys,
+            then rank 1's, ... None: every query sees every key, as a single new token does.
+        The others as in `ring_attention`. Not differentiable, and torch.compile breaks its graph at it.
+
+    Returns: out [B, H, T, E] in q's dtype; with return_lse (out, lse), lse [B, H, T]. The same on every rank.
+
+    Raises: as `ring_attention`.
+    """
+    check_carried_out("decode_attention", q)
+    name = group_name(group)
+    try:
+        ranges = ranges_tensors(key_ranges)
+        q, k, v, options = _checked(
+            "decode_attention",
+            name,
+            (q, k, v),
+            sinks,
+            return_lse,
+            causal=False,
+            window_size=(-1, -1),
+            cu_seqlens=None,
+            layout="contiguous",
+            softmax_scale=softmax_scale,
+            kernel=kernel,
+            transport=transport,
+            agreement=agreement,
+        )
+        if options.gradients:
+            fix = "call it under torch.no_grad(), or use ring_attention"
+            raise UnsupportedError(
+                explain("decode_attention is not differentiable.", got=f"gradients of {options.gradients}", fix=fix)
+            )
+        options = replace(options, key_ranges=ranges_of(ranges))
+    except Exception as error:
+        if agreement is False:
+            raise
+        call.refuse(resolve(name), error, q, k, v)
+    out, lse = call.decode(resolve(name), q, k, v, options, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -265,6 +330,26 @@ def positions(
             documents_of(documents)
         where = where - documents[torch.searchsorted(documents, where, right=True) - 1]
     return shard(where, 0, layout=layout, group=group, rank=rank, num_ranks=num_ranks, cu_seqlens=documents)
+
+
+def _checked(
+    what: str, name: str, tensors: tuple[Any, Any, Any], sinks: Tensor | None, return_lse: bool, **asked: Any
+) -> tuple[Tensor, Tensor, Tensor, Options]:
+    """q, k and v as attention takes them, and the options; refuses what a rank can see by itself. name: the group's."""
+    check_transport(name, asked["transport"])
+    q, k, v = _autocast(*tensors)
+    if not q.device == k.device == v.device:  # an op sees it too, but not where one of them is a meta tensor
+        check_alike(q, k, v)
+    check_sinks(sinks, q)
+    check_no_transforms(what, q=q, k=k, v=v, sinks=sinks)
+    if not torch.compiler.is_compiling():
+        check_holds_numbers(q=q, k=k, v=v)
+    options = normalised_options(**asked, gradients=_gradients(q=q, k=k, v=v, sinks=sinks))
+    if not torch.compiler.is_compiling():
+        check_can_be_kept(options.gradients, q=q, k=k, v=v, sinks=sinks)
+    if not isinstance(return_lse, bool):
+        raise ArgumentTypeError(explain("return_lse must be a bool.", got=shown(return_lse)))
+    return q, k, v, options
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,8 +18,7 @@ from torch.fx.node import has_side_effect
 
 from ringspan import call, errors
 from ringspan.errors import RingspanError, UnsupportedError
-from ringspan.options import Options
-from ringspan.problem import KeyRanges
+from ringspan.options import Options, ranges_of
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
 
@@ -134,7 +133,7 @@ def _options(
     """What an op was given as the call knows it. If a mask's values cannot be had, the other ranks must hear of it."""
     try:
         documents = None if cu_seqlens is None else tuple(cu_seqlens.tolist())
-        ranges = tuple(KeyRanges.of(part.numpy()) for part in key_ranges) or None
+        ranges = ranges_of(key_ranges)
     except Exception as error:
         if not agreement:
             raise

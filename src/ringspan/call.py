@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ringspan import execute
 from ringspan.agreement import Agreed, Terms, agree, agreed_before, check_met, remember, unchecked
 from ringspan.arguments import check_like, check_tensors
-from ringspan.decide import decide, kernel_for
+from ringspan.decide import decide, kernel_for, scale_of, tiles_of_own_keys
 from ringspan.errors import ArgumentError, RingspanError, UnsupportedError, explain
 from ringspan.kernels.contract import captures
 from ringspan.kernels.triton_bounds import mask_is_not_captured
@@ -58,6 +58,30 @@ def forward(
             out, lse = execute.forward(job, channel, q, k, v, sinks)
     _forwards.note(lse, number, transport)
     return out, lse
+
+
+def decode(
+    transport: Transport, q: Tensor, k: Tensor, v: Tensor, options: Options, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of queries that all ranks have; shapes as in `ringspan.decode_attention`."""
+
+    def check() -> Terms:
+        check_tensors(q, k, v)
+        check_ranges(options.key_ranges, q)
+        kernel_for(options, q, v)
+        terms = terms_of("decode_attention", (q, k, v), options, WHOLE_GROUP)
+        terms.common["the number of queries"] = q.shape[2]
+        terms.common["whether there are sinks"] = sinks is not None
+        return terms
+
+    with on_device_of(q), transport.one_call():
+        channel, agreed, _ = begin(transport, check, options.agreement)
+        with interruption_told(transport):
+            _check_capture(q, v, options, WHOLE_GROUP)
+            tiles = tiles_of_own_keys(q.shape[2], agreed.key_lengths, channel.rank, options)
+            kernel = kernel_for(options, q, v)
+        with running(transport):
+            return execute.decode(kernel, tiles, scale_of(options, q), channel, q, k, v, sinks)
 
 
 def backward(

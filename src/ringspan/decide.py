@@ -19,6 +19,8 @@ from ringspan.problem import Mask, Problem
 from ringspan.schedule.ring import ring_schedule, travelling_side
 from ringspan.state import state_dtype
 from ringspan.terms import DO, K, Membership, Q, V
+from ringspan.tile import Tile
+from ringspan.tiling import tiles_between
 from ringspan.transport.contract import Channel
 
 
@@ -31,8 +33,7 @@ def decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Ten
     itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
     problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])
     kernel = partial(kernel_for, options, q, v)
-    scale = q.shape[3] ** -0.5 if options.scale is None else options.scale
-    return Decided(problem, queries, keys, kernel, scale, channel.rank)
+    return Decided(problem, queries, keys, kernel, scale_of(options, q), channel.rank)
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,17 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
             )
         )
     return mask
+
+
+def tiles_of_own_keys(num_queries: int, key_lengths: tuple[int, ...], rank: int, options: Options) -> tuple[Tile, ...]:
+    """What a rank computes where all ranks have the same queries."""
+    mask = mask_of(num_queries, sum(key_lengths), len(key_lengths), options)
+    keys = from_lengths("contiguous", key_lengths)
+    return tiles_between((range(num_queries),), keys.ranges(rank), mask)
+
+
+def scale_of(options: Options, q: Tensor) -> float:
+    return q.shape[3] ** -0.5 if options.scale is None else options.scale
 
 
 def kernel_for(options: Options, q: Tensor, v: Tensor, only_tile: bool = False) -> Kernel:

@@ -7,7 +7,7 @@ are small and read in place, the forward computes some steps' tiles together.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from ringspan.schedule.contract import Schedule, Step
 from ringspan.state import SoftmaxState, state_dtype
 from ringspan.tile import RowIntervals, Tile
 from ringspan.traffic import STATES, Traffic
-from ringspan.transport.contract import Channel
+from ringspan.transport.contract import Channel, Parcel, spec_of
 
 Tensors = tuple[Tensor, ...]
 
@@ -95,6 +95,39 @@ def _forward_of_travelling_queries(
         out, lse = state.finalize(q.dtype, sinks)
     traffic.finish()
     return out, lse
+
+
+def decode(
+    kernel: Kernel,
+    tiles: Sequence[Tile],
+    scale: float,
+    channel: Channel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The forward where all ranks have the same queries, and nothing goes round.
+
+    Each rank absorbs its own keys (tiles), and merges the states of all in one order: the same bits everywhere.
+    """
+    state = SoftmaxState.empty(q, v.shape[3])
+    with channel.computing():
+        for tile in tiles:
+            run = _rows_of(k, tile.columns), _rows_of(v, tile.columns), tile.intervals()
+            kernel.absorb_runs(state.select(tile.rows), _rows_of(q, tile.rows), [run], scale)
+    mine = Parcel((state.acc, state.row_max, state.row_sum))
+    others = [rank for rank in range(channel.size) if rank != channel.rank]
+    spec = spec_of(mine.tensors)
+    arrived = channel.post(0, 0, [(rank, mine) for rank in others], [(rank, spec) for rank in others]).wait()
+    arrived.insert(channel.rank, mine)
+    whole = SoftmaxState.empty(q, v.shape[3])
+    for parcel in arrived:
+        whole.merge_(*parcel.tensors)
+        if parcel is not mine:
+            channel.release(parcel)
+    channel.close()
+    return whole.finalize(q.dtype, sinks)
 
 
 def backward(

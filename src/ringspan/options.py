@@ -196,6 +196,11 @@ def ranges_tensors(key_ranges: Tensor | Sequence[Tensor] | None) -> list[Tensor]
     return [_on_cpu(part) for part in parts]
 
 
+def ranges_of(tensors: Sequence[Tensor]) -> tuple[KeyRanges, ...] | None:
+    """The values of what `ranges_tensors` made."""
+    return tuple(KeyRanges.of(part.numpy()) for part in tensors) or None
+
+
 def _on_cpu(mask: Tensor) -> Tensor:
     """int64; of a tensor of inference mode, which autograd cannot keep, a copy."""
     mask = mask.detach().to("cpu", torch.int64)

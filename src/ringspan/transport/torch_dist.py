@@ -76,14 +76,14 @@ class TorchDistTransport(Transport):
 
     def _check_can_gather(self, group: dist.ProcessGroup) -> None:
         """Refuse a group over which the ranks could not even compare their arguments, on every rank alike."""
-        accelerated = _backend_name(group, "cuda") if torch.cuda.is_available() else None
-        if self._has_gloo or accelerated not in (None, "fake"):
+        has_gpu = _has_gpu()
+        if self._has_gloo or (has_gpu and _backend_name(group, "cuda") not in (None, "fake")):
             return
         raise UnsupportedError(
             explain(
                 "this process group cannot exchange anything between its ranks here.",
                 got=f"its backend is {_backend_name(group, 'cpu') or _backend_name(group, 'cuda')}, and "
-                f"{'there is a GPU' if torch.cuda.is_available() else 'no GPU is to be seen'}",
+                f"{'there is a GPU' if has_gpu else 'no GPU is to be seen'}",
                 fix='gloo, NCCL where there are GPUs, or both: init_process_group("cpu:gloo,cuda:nccl")',
             )
         )
@@ -380,6 +380,10 @@ class _Polled:
                 raise FutureTimeout
             time.sleep(_POLL_S)
         self._work.wait()
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _accelerator() -> torch.device:
