@@ -18,9 +18,11 @@ import time
 from functools import cache
 
 import torch
+from definition import attention, bound_of_out, relative_error
 from processes import results, run_processes
 from whole import Case, check, ring
 
+import ringspan
 from ringspan.transport import segments
 
 NUM_RANKS = 4
@@ -104,12 +106,25 @@ def soak(rank: int, num_rounds: int) -> list[dict[str, int]]:
         found = ring(None, case)
         if number % NUM_RANKS == rank:
             check(case, found)
+        decode(case)
         if number % max(1, num_rounds // 40) == 0:
             seen.append(held() | {"round": number})
             if rank == 0:
                 minutes = (time.monotonic() - begin) / 60
                 print(f"round {number} of {num_rounds}, {minutes:.1f} min, {seen[-1]}", flush=True)
     return [*seen, held() | {"round": num_rounds}]
+
+
+def decode(case: Case) -> None:
+    """Of the first queries of a case, over its keys without a mask."""
+    q, k, v, *_ = case.tensors()
+    q, scale = q[:, :, :2], case.head_dim**-0.5
+    mine = (ringspan.shard(x, 2) for x in (k, v))
+    transport = case.options.get("transport", "auto")
+    out = ringspan.decode_attention(q, *mine, transport=transport)
+    seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+    exact, _ = attention(q, k, v, seen, scale)
+    assert relative_error(out, exact) <= bound_of_out(q, k, v, seen, scale, case.dtype == torch.bfloat16)
 
 
 def grown(seen: list[dict[str, int]], num_rounds: int) -> list[str]:
@@ -124,7 +139,7 @@ def grown(seen: list[dict[str, int]], num_rounds: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    # Each round makes 7 calls on every rank: forward, backward, and five of unshard.
+    # Each round makes 8 calls on every rank: forward, backward, five of unshard, and one of decoding.
     parser.add_argument("--rounds", type=int, default=10_000 // 2, help="default: 10,000 passes over a ring")
     num_rounds = parser.parse_args().rounds
     endings = run_processes(soak, NUM_RANKS, num_rounds, limit_s=30 + 2.0 * num_rounds)

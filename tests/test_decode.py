@@ -43,10 +43,11 @@ def check(q, k, v, lengths, seen=None, sinks=None, **options):
     (out, lse), dtype = found[0], q.dtype
     assert out.dtype == dtype and lse.dtype == state_dtype(dtype)
     if seen is None:
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
     scale, kernel = q.shape[3] ** -0.5, options.get("kernel", "auto")
     exact, exact_lse = attention(q, k, v, seen, scale)
-    rounds_weights = choose(kernel, dtype, q.device, max(q.shape[3], v.shape[3])).name == "native_rounded"
+    name = choose(kernel, dtype, q.device, max(q.shape[3], v.shape[3])).name
+    rounds_weights = name == "native_rounded" or (name == "triton" and dtype.itemsize == 2)
     bound = bound_of_out(q, k, v, seen, scale, rounds_weights)
     if sinks is not None:
         with_sink = torch.logaddexp(exact_lse, sinks.double()[:, None])

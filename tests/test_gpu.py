@@ -8,6 +8,8 @@ import torch
 from definition import attention, relative_error
 from gpu_at_hand import DEVICE, counting
 from processes import results, run_processes
+from test_decode import check as check_decoding
+from test_decode import tensors as decoding_tensors
 from test_sinks import SINKS
 from test_sinks import check as check_sinks
 from test_sinks import ring as ring_of_sinks
@@ -126,6 +128,17 @@ def test_a_ring_with_sinks_is_exact(dtype):
 @pytest.mark.parametrize("head_dim", [33, 128, 256])
 def test_other_head_dims_are_exact(head_dim):
     exact_ring(on_gpu(300, 2, 1, head_dim, layout="striped", options=dict(causal=True)), 2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_decoding_is_exact_and_every_rank_has_the_same_bits(num_ranks):
+    lengths = [257, 0, 40, 1000, 1, 64, 300, 129][:num_ranks]
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (x.to(DEVICE) for x in decoding_tensors(3, lengths, dim=64, value_dim=64, dtype=dtype))
+        check_decoding(q, k, v, lengths)
+        check_decoding(q, k, v, lengths, sinks=torch.zeros(4, device=DEVICE))
+        seen = torch.arange(sum(lengths), device=DEVICE) <= torch.arange(3, device=DEVICE)[:, None] + sum(lengths) - 3
+        check_decoding(q, k, v, lengths, seen, key_ranges=ringspan.masks.continued(sum(lengths) - 3, 3))
 
 
 def test_the_error_does_not_grow_with_the_number_of_workers():
