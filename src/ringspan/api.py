@@ -184,6 +184,28 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
+class _OptionsOfDecoding(TypedDict, total=False):
+    group: Any
+    key_ranges: Tensor | Sequence[Tensor] | None
+    sinks: Tensor | None
+    softmax_scale: float | None
+    kernel: str
+    transport: str
+    agreement: bool
+
+
+@overload
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_OptionsOfDecoding]
+) -> Tensor: ...
+
+
+@overload
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_OptionsOfDecoding]
+) -> tuple[Tensor, Tensor]: ...
+
+
 @reshard.untraced
 def decode_attention(
     q: Tensor,

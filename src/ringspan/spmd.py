@@ -207,8 +207,6 @@ class _Entry:
 
 
 ring_attention_spmd_fwd = _Entry("ring_attention_spmd_fwd", _forward)
-
-
 ring_attention_spmd_bwd = _Entry("ring_attention_spmd_bwd", _backward)
 
 
