@@ -7,8 +7,11 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from definition import OUT_BOUNDS, attention, bound_of_out, relative_error
 from processes import run_processes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
 from ringspan import masks, run_local
@@ -193,16 +196,58 @@ def test_a_rank_that_fails_in_the_middle_is_named_to_the_others(monkeypatch):
     assert len(stopped) == 2 and all("rank 1 failed first: MemoryError('no room')" in told for told in stopped)
 
 
-def test_torch_compile_leaves_it_alone():
-    q, k, v = tensors(1, [40])
-    fn = torch.compile(lambda q: 2 * ringspan.decode_attention(q, k, v), backend="eager")
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_views_that_are_negated_when_they_are_read_are(name, kernel):
+    q, k, v = tensors(2, [20])
+    negated = dict(q=q, k=k, v=v)
+    negated[name] = torch.complex(negated[name], -negated[name]).conj().imag
+    assert negated[name].is_neg()
+    assert torch.equal(
+        ringspan.decode_attention(**negated, kernel=kernel), ringspan.decode_attention(q, k, v, kernel=kernel)
+    )
+
+
+def test_fake_tensors_have_fake_results_and_only_among_themselves():
+    q, k, v = tensors(2, [20])
+    with FakeTensorMode() as mode:
+        out, lse = ringspan.decode_attention(*map(mode.from_tensor, (q, k, v)), return_lse=True)
+    assert out.shape == (2, 4, 2, 24) and lse.shape == (2, 4, 2) and lse.dtype == torch.float32
+    with pytest.raises(Exception, match=r"(?i)fake"):
+        ringspan.decode_attention(q, mode.from_tensor(k), v)
+
+
+@pytest.mark.parametrize("key_ranges", [None, masks.continued(38, 2)])
+def test_it_is_one_node_of_a_graph(key_ranges):
+    q, k, v = tensors(2, [40])
+
+    def twice(q):
+        return 2 * ringspan.decode_attention(q, k, v, key_ranges=key_ranges)
+
     with torch.no_grad():
-        assert torch.equal(fn(q), 2 * ringspan.decode_attention(q, k, v))
+        assert torch.equal(torch.compile(twice, fullgraph=True, backend="aot_eager")(q), twice(q))
+
+
+def test_a_refusal_while_a_graph_is_traced_is_told_when_it_runs():
+    q, k, v = tensors(1, [8])
+    fn = torch.compile(lambda q: ringspan.decode_attention(q, k, v, kernel="fast"), fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), pytest.raises(ringspan.ArgumentError, match="kernel is unknown"):
+        fn(q)
+
+
+def test_the_op_passes_the_checks_of_torch_library():
+    q, k, v = tensors(2, [9])
+    ranges = [masks.continued(7, 2)]
+    torch.library.opcheck(
+        torch.ops.ringspan.decode.default, (q, k, v, torch.zeros(4), ranges, "alone", None, "auto", "auto", True, 0)
+    )
 
 
 def in_processes(rank, transport, lengths):
     q, k, v = tensors(2, lengths)
     mine = [x.split(lengths, 2)[rank] for x in (k, v)]
+    q = funcol.all_reduce(q / 4 * (rank < 2) * 2, "sum", dist.group.WORLD)  # exact, and what tensor parallelism returns
+    assert type(q).__name__ == "AsyncCollectiveTensor"
     found = []
     for _, positions in itertools.product(range(3), (None, masks.continued(sum(lengths) - 2, 2))):
         found.append(ringspan.decode_attention(q, *mine, key_ranges=positions, transport=transport))

@@ -247,3 +247,20 @@ def test_unshard_is_not_recorded_as_constants_nor_imitated():
     with FakeTensorMode(), pytest.raises(ringspan.UnsupportedError, match="got  a fake tensor"):
         gather(torch.ones(3))
     assert gather(torch.ones(3)).tolist() == [1, 1, 1]
+
+
+def differentiated_by_compiled_autograd(rank):
+    weights, mine = torch.ones(4, 4, requires_grad=True), torch.arange(8.0).view(2, 4) + rank
+
+    def gradient():
+        (ringspan.unshard(mine @ weights, 0) ** 2).sum().backward()
+        found, weights.grad = weights.grad, None
+        return found
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        found = gradient()
+    return torch.equal(found, gradient())
+
+
+def test_the_backward_of_unshard_goes_through_compiled_autograd():
+    assert results(run_processes(differentiated_by_compiled_autograd, 2)) == [True, True]

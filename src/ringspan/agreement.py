@@ -152,7 +152,7 @@ def _key(terms: Terms) -> bytes:
 
 def _not_known(got: str) -> UnsupportedError:
     headline = "a CUDA graph is being captured, and what the ranks agree on is not known."
-    fix = "make this call once, forward and backward, on every rank before the capture"
+    fix = "make this call once, with its backward if it has one, on every rank before the capture"
     return UnsupportedError(explain(headline, got=got, fix=fix))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
@@ -21,7 +20,7 @@ from ringspan.arguments import (
     check_sinks,
     check_tensor,
 )
-from ringspan.autograd import attend, next_place_in_graph, refuse_later
+from ringspan.autograd import attend, decode, next_place_in_graph, refuse_later
 from ringspan.errors import ArgumentError, ArgumentTypeError, UnsupportedError, explain, shown
 from ringspan.layout import split
 from ringspan.options import (
@@ -29,7 +28,6 @@ from ringspan.options import (
     documents_of,
     documents_tensor,
     normalised_options,
-    ranges_of,
     ranges_tensors,
 )
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
@@ -153,15 +151,9 @@ def ring_attention(
             agreement=agreement,
         )
     except Exception as error:
-        if agreement is False:
+        if agreement is False or (torch.compiler.is_compiling() and not isinstance(q, Tensor)):
             raise
-        if not torch.compiler.is_compiling():
-            call.refuse(resolve(name), error, q, k, v)
-        if not isinstance(q, Tensor):
-            raise
-        # While a graph is traced ranks cannot talk: it tells them when it runs.
-        value_dim = v.shape[-1] if isinstance(v, Tensor) and v.ndim else q.shape[-1]
-        out, lse = refuse_later(q, value_dim, type(error).__name__, str(error.args[0]), name)
+        out, lse = _refused(error, name, q, k, v)
         return (out, lse) if return_lse else out
     out, lse = attend(
         q,
@@ -206,7 +198,6 @@ def decode_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
-@reshard.untraced
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -225,20 +216,21 @@ def decode_attention(
 
     Nothing goes round: each rank absorbs the keys that it has, and all exchange their float32 softmax states once and
     merge them in one order ("Flash-Decoding", Dao et al. 2023, with ranks for splits). So every rank has the
-    whole result, in the same bits. Worth it where queries are few: a state is as large as out in float32.
+    whole result, on processors of one kind in the same bits. Worth it where queries are few: a state is E + 2 numbers
+    of float32 for each row of out.
 
     Args:
         q: [B, H, T, D], the same on every rank (shapes are compared, numbers are not).
         k: [B, K, S_local, D], v: [B, K, S_local, E], of this rank. Which rank has which keys, and how many, is free.
         key_ranges: as in `ring_attention`, T the number of queries; key positions count through rank 0's keys,
             then rank 1's, ... None: every query sees every key, as a single new token does.
-        The others as in `ring_attention`. Not differentiable, and torch.compile breaks its graph at it.
+        agreement: False as in `ring_attention`; equally many keys on all ranks are needed with key_ranges only.
+        The others as in `ring_attention`. Not differentiable. Under autocast all keys are cast in every call.
 
     Returns: out [B, H, T, E] in q's dtype; with return_lse (out, lse), lse [B, H, T]. The same on every rank.
 
     Raises: as `ring_attention`.
     """
-    check_carried_out("decode_attention", q)
     name = group_name(group)
     try:
         ranges = ranges_tensors(key_ranges)
@@ -258,16 +250,19 @@ def decode_attention(
             agreement=agreement,
         )
         if options.gradients:
-            fix = "call it under torch.no_grad(), or use ring_attention"
+            fix = "call it under torch.no_grad(), or ring_attention with the queries on one rank"
             raise UnsupportedError(
                 explain("decode_attention is not differentiable.", got=f"gradients of {options.gradients}", fix=fix)
             )
-        options = replace(options, key_ranges=ranges_of(ranges))
     except Exception as error:
-        if agreement is False:
+        if agreement is False or (torch.compiler.is_compiling() and not isinstance(q, Tensor)):
             raise
-        call.refuse(resolve(name), error, q, k, v)
-    out, lse = call.decode(resolve(name), q, k, v, options, sinks)
+        out, lse = _refused(error, name, q, k, v)
+        return (out, lse) if return_lse else out
+    place = next_place_in_graph() if torch.compiler.is_compiling() else 0
+    out, lse = decode(
+        q, k, v, sinks, ranges, name, options.scale, options.kernel, options.transport, options.agreement, place
+    )
     return (out, lse) if return_lse else out
 
 
@@ -372,6 +367,15 @@ def _checked(
     if not isinstance(return_lse, bool):
         raise ArgumentTypeError(explain("return_lse must be a bool.", got=shown(return_lse)))
     return q, k, v, options
+
+
+def _refused(error: Exception, name: str, q: Any, k: Any, v: Any) -> tuple[Tensor, Tensor]:
+    """Raises, once the other ranks know. While a graph is traced ranks cannot talk: what is returned does so when the
+    graph runs."""
+    if not torch.compiler.is_compiling():
+        call.refuse(resolve(name), error, q, k, v)
+    value_dim = v.shape[-1] if isinstance(v, Tensor) and v.ndim else q.shape[-1]
+    return refuse_later(q, value_dim, type(error).__name__, str(error.args[0]), name)
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

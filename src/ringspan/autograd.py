@@ -1,4 +1,4 @@
-"""torch.autograd and torch.compile around one call: two custom ops, and the formula that links them.
+"""torch.autograd and torch.compile around one call: its custom ops, and the formula that links two of them.
 
 The whole call (checks, agreement, plan, loop) happens inside of the ops, so that graphs hold one node for it. A
 group travels through a graph by its name. The ops' outputs alias no input. All ranks must reach them, so they count as
@@ -19,6 +19,7 @@ from torch.fx.node import has_side_effect
 from ringspan import call, errors
 from ringspan.errors import RingspanError, UnsupportedError
 from ringspan.options import Options, ranges_of
+from ringspan.problem import UNBOUNDED
 from ringspan.state import state_dtype
 from ringspan.transport.table import resolve
 
@@ -105,6 +106,30 @@ def _(d_out, d_lse, q, k, v, out, lse, *options):
     return dq, dk, dv
 
 
+@torch.library.custom_op("ringspan::decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    key_ranges: Sequence[Tensor],
+    group: str,
+    scale: float | None,
+    kernel: str,
+    transport: str,
+    agreement: bool,
+    place_in_graph: int,
+) -> tuple[Tensor, Tensor]:
+    rest = ("contiguous", UNBOUNDED, UNBOUNDED, scale, kernel, transport, agreement, "", place_in_graph)
+    options = _options(q, group, None, key_ranges, *rest)
+    return call.decode(resolve(group), q, k, v, options, sinks)
+
+
+@decode.register_fake
+def _(q, k, v, *options):
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
 def _refuse_second_derivative(ctx, *_):
     raise UnsupportedError("ring_attention is differentiable once: its second derivative is not computed.")
 
@@ -182,5 +207,5 @@ def _of_sinks(sinks: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Ten
 
 attend.register_autograd(_differentiate, setup_context=_keep)
 
-for _op in (attend, attend_backward, refuse_later):
+for _op in (attend, attend_backward, decode, refuse_later):
     has_side_effect(_op._opoverload)

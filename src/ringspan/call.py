@@ -72,7 +72,7 @@ def decode(
         terms = terms_of("decode_attention", (q, k, v), options, WHOLE_GROUP)
         terms.common["the number of queries"] = q.shape[2]
         terms.common["whether there are sinks"] = sinks is not None
-        return terms
+        return replace(terms, place=options.place_in_graph)
 
     with on_device_of(q), transport.one_call():
         channel, agreed, _ = begin(transport, check, options.agreement)
@@ -119,6 +119,26 @@ def backward(
             return execute.backward(job, channel, q, k, v, do, lse.to(dtype), delta)
 
 
+class MadeOn:
+    """The transport of a forward, for its backward to compare with; a graph that keeps this keeps no group alive.
+
+    torch gives a name anew after destroy_process_group, perhaps to other ranks, and a graph holds the name.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = weakref.ref(transport)  # bare, dynamo would take it for the transport
+
+    def check(self, transport: Transport) -> None:
+        if self._transport() is not transport and not transport.is_alone:
+            raise ArgumentError(
+                explain(
+                    "the group of the forward is not that of its backward.",
+                    got="another of the same name: made since, or of another worker",
+                    fix="keep a group until the last backward on it is done, or make the forward call again",
+                )
+            )
+
+
 class _Forwards:
     """The number of the call that an lse came from, as long as its memory lives.
 
@@ -128,7 +148,7 @@ class _Forwards:
 
     def __init__(self) -> None:
         # A weak reference keeps the address from becoming another's.
-        self._known: dict[int, tuple[StorageWeakRef, int, weakref.ref[Transport]]] = {}
+        self._known: dict[int, tuple[StorageWeakRef, int, MadeOn]] = {}
 
     def note(self, lse: Tensor, number: int, transport: Transport) -> None:
         if len(self._known) % 64 == 63:
@@ -136,30 +156,18 @@ class _Forwards:
                 if reference.expired():
                     self._known.pop(address, None)
         reference = StorageWeakRef(lse.untyped_storage())
-        self._known[reference.cdata] = reference, number, weakref.ref(transport)
+        self._known[reference.cdata] = reference, number, MadeOn(transport)
 
     def number_of(self, lse: Tensor, transport: Transport) -> int:
         found = self._known.get(lse.untyped_storage()._cdata)
         if found is None:
             return 0
         _, number, made_on = found
-        check_same_group(made_on, transport)
+        made_on.check(transport)
         return number
 
 
 _forwards = _Forwards()
-
-
-def check_same_group(forward: weakref.ref[Transport], backward: Transport) -> None:
-    """torch gives a name anew after destroy_process_group, perhaps to other ranks, and a graph holds the name."""
-    if forward() is not backward and not backward.is_alone:
-        raise ArgumentError(
-            explain(
-                "the process group of the forward is gone.",
-                got="another of the same name, made since",
-                fix="keep a group until the last backward on it is done, or make the forward call again",
-            )
-        )
 
 
 def on_device_of(*given: object) -> AbstractContextManager:

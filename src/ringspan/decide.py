@@ -97,7 +97,16 @@ def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -
 
 def tiles_of_own_keys(num_queries: int, key_lengths: tuple[int, ...], rank: int, options: Options) -> tuple[Tile, ...]:
     """What a rank computes where all ranks have the same queries."""
-    mask = mask_of(num_queries, sum(key_lengths), len(key_lengths), options)
+    ranges = options.key_ranges
+    if ranges is not None and ranges[0].num_queries != num_queries:
+        raise ArgumentError(
+            explain(
+                "key_ranges must have a range for each query.",
+                got=f"{ranges[0].num_queries} ranges, q has {num_queries} queries",
+                fix="[T, 2] or [B, T, 2], T the number of queries that every rank has",
+            )
+        )
+    mask = Mask(num_queries, sum(key_lengths), key_ranges=ranges)
     keys = from_lengths("contiguous", key_lengths)
     return tiles_between((range(num_queries),), keys.ranges(rank), mask)
 

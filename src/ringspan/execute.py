@@ -109,7 +109,7 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """The forward where all ranks have the same queries, and nothing goes round.
 
-    Each rank absorbs its own keys (tiles), and merges the states of all in one order: the same bits everywhere.
+    Each rank absorbs its own keys (tiles), and merges the states of all in one order: the same bits on like processors.
     """
     state = SoftmaxState.empty(q, v.shape[3])
     with channel.computing():

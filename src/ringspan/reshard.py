@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ringspan.agreement import CALL, DEVICE_TYPE, Agreed, Terms
 from ringspan.arguments import check_carried_out
-from ringspan.call import begin, check_same_group, interruption_told, on_device_of, running
+from ringspan.call import MadeOn, begin, interruption_told, on_device_of, running
 from ringspan.errors import UnsupportedError
 from ringspan.layout import Layout, check_name, from_lengths, shard_length, split
 from ringspan.options import documents_of
@@ -121,7 +120,7 @@ class _Unshard(torch.autograd.Function):
             x = x.trigger_wait()  # type: ignore[attr-defined]
         with on_device_of(x), transport.one_call():
             full, number = _Unshard._gathered(transport, x, dim, layout, documents, differentiated)
-        ctx.arguments = dim, layout, documents, group, x.shape[dim], number, weakref.ref(transport)
+        ctx.arguments = dim, layout, documents, group, x.shape[dim], number, MadeOn(transport)
         return full
 
     @staticmethod
@@ -191,14 +190,14 @@ def _begin(
     documents,
     differentiated: bool,
     forward: int = 0,
-    made_on: weakref.ref[Transport] | None = None,
+    made_on: MadeOn | None = None,
 ) -> tuple[Channel, Agreed, int]:
     shape: list[int | None] = list(x.shape)
     shape[dim] = None
 
     def check() -> Terms:
         if made_on is not None:
-            check_same_group(made_on, transport)
+            made_on.check(transport)
         common = {CALL: what, "dtype": str(x.dtype), "shape": shape, "dim": dim, "layout": layout}
         common["cu_seqlens"] = documents_in_words(documents)
         common["requires_grad"] = differentiated

@@ -75,7 +75,7 @@ class TorchDistTransport(Transport):
         self.under_way: set[_Posted] = set()  # of gloo's
 
     def _check_can_gather(self, group: dist.ProcessGroup) -> None:
-        """Refuse a group over which the ranks could not even compare their arguments, on every rank alike."""
+        """Refuse a group over which the ranks could not even compare their arguments."""
         has_gpu = _has_gpu()
         if self._has_gloo or (has_gpu and _backend_name(group, "cuda") not in (None, "fake")):
             return
