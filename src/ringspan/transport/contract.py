@@ -119,16 +119,6 @@ class Channel(ABC):
         return nullcontext()
 
 
-def of_the_parent(got: str) -> UnsupportedError:
-    return UnsupportedError(
-        explain(
-            "a forked process cannot call on a group of its parent: the others would take it for the parent.",
-            got=got,
-            fix="call in the parent, or make a group in the child",
-        )
-    )
-
-
 class Transport(ABC):
     """One rank's end of a group.
 
@@ -183,3 +173,13 @@ class Transport(ABC):
     @abstractmethod
     def fail(self, error: BaseException) -> None:
         """This rank gives up in the middle of a call: the others are told and raise; the group is done for."""
+
+
+def of_the_parent(got: str) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            "a forked process cannot call on a group of its parent: the others would take it for the parent.",
+            got=got,
+            fix="call in the parent, or make a group in the child",
+        )
+    )
