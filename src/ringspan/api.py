@@ -33,17 +33,20 @@ from ringspan.options import (
 from ringspan.transport.table import check_transport, group_name, place_in, resolve
 
 
-class OptionsOfRing(TypedDict, total=False):
-    """What `ring_attention` takes beside the place of the tokens."""
-
-    causal: bool
-    window_size: tuple[int, int]
+class _OfEither(TypedDict, total=False):
     key_ranges: Tensor | Sequence[Tensor] | None
     sinks: Tensor | None
     softmax_scale: float | None
     kernel: str
     transport: str
     agreement: bool
+
+
+class OptionsOfRing(_OfEither, total=False):
+    """What `ring_attention` takes beside the place of the tokens."""
+
+    causal: bool
+    window_size: tuple[int, int]
 
 
 class _Options(OptionsOfRing, total=False):
@@ -134,6 +137,7 @@ def ring_attention(
     """
     name = group_name(group)
     try:
+        # Their values are looked at inside of the op, so that graphs may hold tensors.
         documents, ranges = documents_tensor(cu_seqlens), ranges_tensors(key_ranges)
         q, k, v, options = _checked(
             "ring_attention",
@@ -143,7 +147,6 @@ def ring_attention(
             return_lse,
             causal=causal,
             window_size=window_size,
-            cu_seqlens=None,  # its values are looked at inside of the op, so that graphs may hold a tensor
             layout=layout,
             softmax_scale=softmax_scale,
             kernel=kernel,
@@ -176,14 +179,8 @@ def ring_attention(
     return (out, lse) if return_lse else out
 
 
-class _OptionsOfDecoding(TypedDict, total=False):
+class _OptionsOfDecoding(_OfEither, total=False):
     group: Any
-    key_ranges: Tensor | Sequence[Tensor] | None
-    sinks: Tensor | None
-    softmax_scale: float | None
-    kernel: str
-    transport: str
-    agreement: bool
 
 
 @overload
@@ -240,10 +237,6 @@ def decode_attention(
             (q, k, v),
             sinks,
             return_lse,
-            causal=False,
-            window_size=(-1, -1),
-            cu_seqlens=None,
-            layout="contiguous",
             softmax_scale=softmax_scale,
             kernel=kernel,
             transport=transport,

@@ -66,9 +66,11 @@ def attend(
     return call.forward(resolve(group), q, k, v, options, sinks=sinks)
 
 
-@attend.register_fake
-def _(q, k, v, *options):
+def _out_and_lse(q, k, v, *options):
     return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+
+
+attend.register_fake(_out_and_lse)
 
 
 @torch.library.custom_op("ringspan::attend_backward", mutates_args=())
@@ -125,9 +127,7 @@ def decode(
     return call.decode(resolve(group), q, k, v, options, sinks)
 
 
-@decode.register_fake
-def _(q, k, v, *options):
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=state_dtype(q.dtype))
+decode.register_fake(_out_and_lse)
 
 
 def _refuse_second_derivative(ctx, *_):

@@ -53,7 +53,7 @@ def forward(
         channel, agreed, number = begin(transport, check, options.agreement, ring)
         with interruption_told(transport):
             _check_capture(q, v, options, ring)
-            job = decide(channel, agreed, options, q, k, v).job(False, agreed.flipped, ring, sinks is not None)
+            job = decide(channel, agreed, options, ring, q, k, v, backward=False, sinks=sinks is not None)
         with running(transport):
             out, lse = execute.forward(job, channel, q, k, v, sinks)
     _forwards.note(lse, number, transport)
@@ -108,7 +108,7 @@ def backward(
         channel, agreed, _ = begin(transport, check, options.agreement, ring)
         with interruption_told(transport):
             _check_capture(q, v, options, ring)
-            job = decide(channel, agreed, options, q, k, v).job(True, agreed.flipped, ring)
+            job = decide(channel, agreed, options, ring, q, k, v, backward=True)
         with running(transport):
             dtype = state_dtype(q.dtype)
             if 0 in do.stride():  # of a sum, expanded: kernels read rows, Hopper's with strides that are not 0

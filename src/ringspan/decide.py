@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-
 from torch import Tensor
 
-from ringspan import execute
 from ringspan.agreement import Agreed
 from ringspan.errors import ArgumentError, LayoutError, explain
+from ringspan.execute import Job
 from ringspan.kernels import table as kernel_table
 from ringspan.kernels.contract import Kernel
-from ringspan.layout import Layout, from_lengths
+from ringspan.layout import from_lengths
 from ringspan.options import Options
 from ringspan.problem import Mask, Problem
 from ringspan.schedule.ring import ring_schedule, travelling_side
@@ -24,7 +20,19 @@ from ringspan.tiling import tiles_between
 from ringspan.transport.contract import Channel
 
 
-def decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Tensor, v: Tensor) -> Decided:
+def decide(
+    channel: Channel,
+    agreed: Agreed,
+    options: Options,
+    ring: Membership,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    backward: bool,
+    sinks: bool = False,
+) -> Job:
+    """This rank's job in the forward or the backward. sinks: whether there are any."""
     mask = mask_of(sum(agreed.query_lengths), sum(agreed.key_lengths), channel.size, options)
     documents = options.cu_seqlens if options.layout == "packed" else None  # they would be kept with the layout
     queries, keys = (
@@ -32,33 +40,18 @@ def decide(channel: Channel, agreed: Agreed, options: Options, q: Tensor, k: Ten
     )
     itemsizes = q.element_size(), state_dtype(q.dtype).itemsize
     problem = Problem(mask, q.shape[0], q.shape[1], k.shape[1], q.shape[3], *itemsizes, v.shape[3])
-    kernel = partial(kernel_for, options, q, v)
-    return Decided(problem, queries, keys, kernel, scale_of(options, q), channel.rank)
-
-
-@dataclass(frozen=True)
-class Decided:
-    """kernel: given whether one tile is all that this rank computes. rank: in the ring."""
-
-    problem: Problem
-    queries: Layout
-    keys: Layout
-    kernel: Callable[[bool], Kernel]
-    scale: float
-    rank: int
-
-    def job(self, backward: bool, flipped: int, ring: Membership, sinks: bool = False) -> execute.Job:
-        """Of the backward, or the forward. flipped: as agreed on. sinks: whether there are any."""
-        # Bounds belong to the queries of a rank, so with them it is the keys that travel.
-        travels = "keys" if ring.bounds is not None else travelling_side(self.problem, backward)
-        rides = backward or travels == "queries"
-        schedule = ring_schedule(self.problem.mask, self.queries, self.keys, self.rank, travels, rides)
-        # Sinks, and for travelling queries the keys of other ranks, join what a tile makes of a row.
-        only_tile = travels == "keys" and not sinks and sum(len(step.tiles) for step in schedule.steps) == 1
-        kernel = self.kernel(only_tile)
-        q, k, v, do = (bool(flipped & bit) for bit in (Q, K, V, DO))
-        wire = (k, v) if travels == "keys" else (q, do, False, False) if backward else (q,)
-        return execute.Job(schedule, kernel, self.scale, self.queries.lengths, self.keys.lengths, wire, ring.bounds)
+    # Bounds belong to the queries of a rank, so with them it is the keys that travel.
+    travels = "keys" if ring.bounds is not None else travelling_side(problem, backward)
+    rides = backward or travels == "queries"
+    schedule = ring_schedule(mask, queries, keys, channel.rank, travels, rides)
+    # Sinks, and for travelling queries the keys of other ranks, join what a tile makes of a row.
+    only_tile = travels == "keys" and not sinks and sum(len(step.tiles) for step in schedule.steps) == 1
+    kernel = kernel_for(options, q, v, only_tile)
+    flips_q, flips_k, flips_v, flips_do = (bool(agreed.flipped & bit) for bit in (Q, K, V, DO))
+    wire: tuple[bool, ...] = (flips_k, flips_v)
+    if travels == "queries":
+        wire = (flips_q, flips_do, False, False) if backward else (flips_q,)
+    return Job(schedule, kernel, scale_of(options, q), queries.lengths, keys.lengths, wire, ring.bounds)
 
 
 def mask_of(num_queries: int, num_keys: int, num_ranks: int, options: Options) -> Mask:

@@ -44,14 +44,14 @@ class Options:
 
 def normalised_options(
     *,
-    causal: bool,
-    window_size: Sequence[int],
-    cu_seqlens: Sequence[int] | None,
-    layout: str,
     softmax_scale: float | None,
     kernel: str,
     agreement: bool,
     gradients: str,
+    causal: bool = False,
+    window_size: Sequence[int] = (UNBOUNDED, UNBOUNDED),
+    cu_seqlens: Sequence[int] | None = None,
+    layout: str = "contiguous",
     transport: str = "auto",
 ) -> Options:
     """Options in the form that the loop knows, or the refusal of what breaks a rule by itself."""

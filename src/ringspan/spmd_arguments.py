@@ -91,8 +91,6 @@ def options_of(scale: float | None, causal: bool, striped: bool, striped_name: s
         )
     return normalised_options(
         causal=bool(causal),
-        window_size=(-1, -1),
-        cu_seqlens=None,
         layout="striped" if striped else "contiguous",
         softmax_scale=scale,
         kernel=UNROUNDED,
