@@ -10,7 +10,7 @@ from processes import results, run_processes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import ringspan
-from ringspan import api, call, execute, reshard, run_local, spmd
+from ringspan import call, execute, reshard, run_local, sharding, spmd
 from ringspan.agreement import CALL, DEVICE_TYPE, RINGS, Terms, agree
 from ringspan.errors import ArgumentError, DisagreementError, UnsupportedError
 from ringspan.kernels.contract import captures
@@ -236,7 +236,7 @@ def begun_on(monkeypatch):
     for module in (call, reshard):
         monkeypatch.setattr(module, "begin", begin)
     monkeypatch.setattr(call, "agree", begin)
-    for module in (api, reshard, spmd):  # fake tensors stand for real ones
+    for module in (reshard, sharding, spmd):  # fake tensors stand for real ones
         monkeypatch.setattr(module, "check_carried_out", lambda *_: None)
     return found
 
@@ -300,7 +300,7 @@ def test_rings_side_by_side_have_tensors_of_one_device_type():
 
 
 def test_unshard_compares_device_types(monkeypatch):
-    monkeypatch.setattr("ringspan.api.check_holds_numbers", lambda **x: None)  # "meta" stands for another device
+    monkeypatch.setattr("ringspan.sharding.check_holds_numbers", lambda **x: None)  # "meta" stands for another device
 
     def work(group):
         with pytest.raises(DisagreementError, match=r"disagree on device type(.|\n)*'cpu' on rank 0; 'meta' on rank 1"):

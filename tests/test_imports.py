@@ -14,7 +14,7 @@ SOURCE = Path(ringspan.__file__).parent
 FLOORS = """
     _native / errors / problem packing / layout / tile / tiling / schedule / state / kernels / transport / observe
     / traffic / execute / agreement / arguments / options / terms / decide / call / autograd reshard arrays
-    / spmd_arguments / api masks spmd trace / ring / ""
+    / spmd_arguments / api masks sharding spmd trace / ring / ""
     / commands / cli / __main__
 """
 FLOOR = {room.strip('"'): height for height, rooms in enumerate(FLOORS.split("/")) for room in rooms.split()}

@@ -10,7 +10,7 @@ The data's way through a call:
 """
 
 from ringspan import masks
-from ringspan.api import decode_attention, positions, ring_attention, shard, unshard
+from ringspan.api import decode_attention, ring_attention
 from ringspan.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -24,6 +24,7 @@ from ringspan.errors import (
     WorkerError,
 )
 from ringspan.ring import Ring
+from ringspan.sharding import positions, shard, unshard
 from ringspan.spmd import ring_attention_spmd_bwd, ring_attention_spmd_fwd
 from ringspan.trace import trace
 from ringspan.transport.local import LocalGroup

@@ -8,8 +8,9 @@ from typing import Any, Literal, Unpack, overload
 
 from torch import Tensor
 
-from ringspan.api import OptionsOfRing, positions, ring_attention, shard, unshard
+from ringspan.api import OptionsOfRing, ring_attention
 from ringspan.reshard import untraced
+from ringspan.sharding import positions, shard, unshard
 
 
 @dataclass(frozen=True, eq=False)
