@@ -231,7 +231,7 @@ def interrupt(rank, at=(inbox.Inbox, "sleep"), **refused):
     if rank == 0:
         place, name = at
         plain = getattr(place, name)
-        setattr(place, name, lambda *args: (os.kill(os.getpid(), signal.SIGINT), plain(*args))[1])
+        setattr(place, name, lambda *args, **kw: (os.kill(os.getpid(), signal.SIGINT), plain(*args, **kw))[1])
         with pytest.raises(KeyboardInterrupt):
             ringspan.ring_attention(*shards(rank), **refused)
         setattr(place, name, plain)
