@@ -131,6 +131,9 @@ def fake_torch(recorder: Recorder) -> SimpleNamespace:
     """As much of torch.cuda as ringspan.transport.streams asks for."""
 
     class Event:
+        def __init__(self):
+            self.clock = {}
+
         def record(self, stream):
             self.clock = recorder.now(stream.name)
 

@@ -333,7 +333,7 @@ def test_a_group_without_nccl_refuses_cuda_tensors():
 
 def test_shared_memory_that_is_asked_for_refuses_cuda_tensors():
     transport = object.__new__(ProcessGroupTransport)
-    transport.why_not_shared = None  # it serves those of CPUs
+    transport.shared_memory = object()  # it serves those of CPUs
     with pytest.raises(UnsupportedError, match=r"cannot serve this call(.|\n)*the tensors are on cuda"):
         transport.channel(1, range(2), "shared_memory", "cuda")
 

@@ -1,6 +1,8 @@
 """Whole calls on a GPU: rings of threads on one of them, SPMD entries, NCCL, CUDA graphs, torch.compile, refusals."""
 
+import os
 import re
+import signal
 import threading
 
 import pytest
@@ -278,21 +280,105 @@ def refused(rank, words):
     return type(caught.value).__name__
 
 
-def refused_and_goes_on(rank, words):
-    refused(rank, words)
-    q, k, v = torch.randn(3, 1, 2, 64, 64).unbind()
-    return tuple(ringspan.ring_attention(q, k, v).shape)
-
-
-def test_a_group_of_gloo_alone_refuses_gpu_tensors_on_every_rank_and_still_serves_others():
-    words = r"cannot send tensors that are on cuda(.|\n)*gloo(.|\n)*cuda:nccl"
-    assert results(run_processes(refused_and_goes_on, 2, words)) == [(1, 2, 64, 64)] * 2
-
-
 def test_two_ranks_on_one_gpu_are_refused_by_nccl_and_told():
     ended = run_processes(refused, 2, r"rank \d gave up waiting for", backend="cpu:gloo,cuda:nccl", limit_s=90)
     # Not how the processes end: NCCL may not let go of a group that it refused.
     assert [ending.value for ending in ended] == ["RankFailedError"] * 2, [ending.trace or ending for ending in ended]
+
+
+# Processes that read each other's memory of one GPU
+
+
+def whole_rings(rank, cases):
+    found = [ring(None, case) for case in cases for _ in range(2)]
+    return [{name: x.cpu() for name, x in one.items()} for one in found]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_processes_are_exact_through_peer_memory(num_ranks):
+    """The only transport of a group that has no NCCL."""
+    cases = [on_gpu(129, layout="zigzag", options=mask) for mask in masks(129).values() if "key_ranges" not in mask]
+    cases += [on_gpu(1000, heads=8, dtype=torch.float32, options=dict(causal=True, transport="peer_memory"))]
+    for found in results(run_processes(whole_rings, num_ranks, cases)):
+        for place, one in enumerate(found):
+            case = cases[place // 2]
+            check(case, {name: x.to(DEVICE) for name, x in one.items()})
+            assert all(torch.equal(x, found[place - place % 2][name]) for name, x in one.items()), "two runs"
+
+
+def overwrite_late(rank, case):
+    """Every rank's stream is slow at other places, and all write over what they passed at once."""
+    found = []
+    for number in range(6):
+        q, k, v, do, _ = (ringspan.shard(x, 2) for x in case.tensors())
+        for x in (q, k, v):
+            x.requires_grad_()
+        torch.cuda._sleep(20_000_000 * ((number + rank) % 3))
+        out = ringspan.ring_attention(q, k, v, causal=True)
+        torch.cuda._sleep(20_000_000 * ((number + 2 * rank) % 3))
+        out.backward(do)
+        found.append([x.detach().clone() for x in (out, q.grad, k.grad, v.grad)])
+        for x in (q, k, v, do, out):
+            x.detach().fill_(torch.nan)
+    return [[x.cpu() for x in one] for one in found]
+
+
+def test_processes_whose_streams_run_far_apart_give_the_same_bits():
+    for first, *others in results(run_processes(overwrite_late, 3, on_gpu(500))):
+        for other in others:
+            assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def end_at_once(rank, case):
+    """Rank 0 ends when it has launched its part; what rank 1 reads of it, it reads after that."""
+    q, k, v, *_ = (ringspan.shard(x, 2) for x in case.tensors())
+    ringspan.ring_attention(q, k, v)  # kernels are compiled and windows open
+    torch.cuda.synchronize()
+    if rank == 1:
+        torch.cuda._sleep(500_000_000)
+    out = ringspan.ring_attention(q, k, v)
+    return out.cpu() if rank == 1 else None
+
+
+def test_a_process_does_not_end_before_the_others_have_read_its_memory():
+    case = on_gpu(4000)
+    q, k, v, *_ = case.tensors()
+    _, out = results(run_processes(end_at_once, 2, case))
+    assert torch.equal(out.to(DEVICE), run_local(work_of(q, k, v), 2, timeout=TIMEOUT_S)[1])
+
+
+def work_of(q, k, v):
+    return lambda group: ringspan.ring_attention(*(ringspan.shard(x, 2) for x in (q, k, v)))
+
+
+def call_until_killed(rank, victim):
+    mine = torch.randn(3, 1, 2, 512, 64, device=DEVICE, dtype=torch.bfloat16).unbind()
+    ringspan.ring_attention(*mine)
+    if rank == victim:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        while True:
+            ringspan.ring_attention(*mine, causal=True)
+    except ringspan.RankFailedError as error:
+        return str(error)
+
+
+def test_a_process_that_is_killed_is_named():
+    endings = run_processes(call_until_killed, 3, 2)
+    assert endings[2].exitcode == -signal.SIGKILL
+    assert all("rank 2" in (ending.value or "") for ending in endings[:2]), endings
+
+
+def capture_peers(rank):
+    q, k, v = torch.randn(3, 1, 2, 64, 64, device=DEVICE).unbind()
+    ringspan.ring_attention(q, k, v)
+    with pytest.raises(ringspan.UnsupportedError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ringspan.ring_attention(q, k, v)
+    return True
+
+
+def test_peer_memory_is_not_captured():
+    assert results(run_processes(capture_peers, 2)) == [True] * 2
 
 
 # CUDA graphs

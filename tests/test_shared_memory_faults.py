@@ -5,7 +5,6 @@ import errno
 import fcntl
 import functools
 import gc
-import itertools
 import os
 import pathlib
 import resource
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from one_process import ends
 from processes import results, run_processes
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -351,21 +351,6 @@ def test_a_rank_that_destroys_the_group_is_not_waited_for(held_by):
     _, *others = results(run_processes(leave_while_others_wait, 3, held_by, group_timeout_s=600, limit_s=60))
     for told in others:  # one notices, and the other may hear of it from there
         assert "gave up waiting for rank 0 to begin call" in told and "the process group was destroyed there" in told
-
-
-def ends(num_ranks):
-    """The ends of one group in one process; what would ask each other by torch.distributed only counts."""
-    inboxes = [inbox.Inbox() for _ in range(num_ranks)]
-    memory = [segments.create(inbox.Page.SIZE) for _ in range(num_ranks)]
-    found = []
-    for rank in range(num_ranks):
-        beside = SimpleNamespace(rank=rank, size=num_ranks, fail=lambda error: None)
-        beside.begin_call = itertools.count(1).__next__
-        others = [other for other in range(num_ranks) if other != rank]
-        links = [inbox.Link(other, os.getpid(), inboxes[other].write_end) for other in others]
-        pages = {other: inbox.Page(x) for other, x in enumerate(memory)}
-        found.append(shared_memory.SharedMemoryTransport(beside, 10, inboxes[rank], links, pages))
-    return found
 
 
 def come(transport, call):
@@ -829,7 +814,7 @@ def test_what_is_mapped_of_another_rank_holds_no_file_open():
 
 
 def test_small_calls_do_not_keep_the_memory_of_a_large_one():
-    pool = segments.Pool()
+    pool = segments.Pool(segments.create)
     large = pool.take(8 * MIB)
     pool.give_back(large, 1)
     del large
@@ -847,14 +832,14 @@ def test_small_calls_do_not_keep_the_memory_of_a_large_one():
 
 def test_of_the_memory_that_is_there_the_smallest_that_does_is_taken():
     """Or a small parcel would hold what a large one needs, and another would be made for that."""
-    pool, sizes = segments.Pool(), (3 * MIB, MIB, 2 * MIB)
+    pool, sizes = segments.Pool(segments.create), (3 * MIB, MIB, 2 * MIB)
     for memory in [pool.take(size) for size in sizes]:
         pool.give_back(memory, 1)
     assert [pool.take(MIB).numel() for _ in sizes] == [MIB, 2 * MIB, 3 * MIB]
 
 
 def test_lengths_that_change_from_call_to_call_do_not_pile_up():
-    pool, before = segments.Pool(), mappings()
+    pool, before = segments.Pool(segments.create), mappings()
     for number, size in enumerate(range(2 * MIB, 4 * MIB, 256 << 10)):
         memory = pool.take(size)
         pool.give_back(memory, number)
@@ -865,7 +850,7 @@ def test_lengths_that_change_from_call_to_call_do_not_pile_up():
 
 def test_memory_that_eight_calls_did_not_use_is_let_go():
     """However little it is beside what they use."""
-    pool, before = segments.Pool(), mappings()
+    pool, before = segments.Pool(segments.create), mappings()
     used, idle = pool.take(8 * MIB), pool.take(4096)
     pool.give_back(idle, 1)
     del idle

@@ -153,13 +153,14 @@ def count_segments(rank):
     case = Case(120, 2, 2, 16, layout="zigzag", options=dict(causal=True))
     for _ in range(3):
         ring(None, case)
-    create, sizes = segments.create, []
+    pool, sizes = world().shared_memory.pool, []
+    create = pool._make
 
     def counted(num_bytes):
         sizes.append(num_bytes)
         return create(num_bytes)
 
-    segments.create = counted
+    pool._make = counted
     for _ in range(20):
         found = ring(None, case)
     made = len(sizes)

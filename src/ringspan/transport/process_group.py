@@ -1,7 +1,7 @@
 """One rank's end of a torch.distributed process group, by the best means that reach all of its ranks.
 
 Whether the ranks can read each other's memory is tried once per group, at its first call. If so, agreements go
-through shared memory's pipes, and so do CPU tensors; all else goes through the process group itself.
+through shared memory's pipes, and so do CPU tensors; all else goes through the process group itself, or by peer memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ringspan.errors import UnsupportedError, explain
+from ringspan.transport import peer_memory
 from ringspan.transport.contract import Channel, Transport, of_the_parent
+from ringspan.transport.peer_memory import PeerMemory
 from ringspan.transport.shared_memory import SharedMemoryTransport, connect
-from ringspan.transport.torch_dist import TorchDistTransport
+from ringspan.transport.torch_dist import TorchDistTransport, cannot_send
 
 _transports: weakref.WeakKeyDictionary[Any, ProcessGroupTransport] = weakref.WeakKeyDictionary()
 _transports_lock = threading.Lock()
@@ -44,7 +46,8 @@ def transport_of(group: dist.ProcessGroup) -> ProcessGroupTransport:
 
 
 class ProcessGroupTransport(Transport):
-    """Shared memory where it reaches every rank, torch.distributed elsewhere."""
+    """Shared memory where it reaches every rank, torch.distributed elsewhere; peer memory where asked for, and for
+    GPUs that torch.distributed cannot serve."""
 
     capturable = True
 
@@ -55,6 +58,7 @@ class ProcessGroupTransport(Transport):
         self.shared_memory: SharedMemoryTransport | None = None
         self.why_not_shared: str | None = "the group has made no call yet"
         self._tried = False
+        self._peer_memory: PeerMemory | str | None = None  # a reason why not; None: not tried yet
 
     @property
     def _best(self) -> Transport:
@@ -79,19 +83,42 @@ class ProcessGroupTransport(Transport):
         return self._best.agree(call, message)
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
-        if via == "shared_memory":
-            self._check_shared(device_type)
-        if via == "torch_dist" or device_type != "cpu":
-            return self.torch_dist.channel(call, members, via, device_type)
-        return self._best.channel(call, members, via, device_type)
+        return self._carrier(via, device_type).channel(call, members, via, device_type)
 
-    def _check_shared(self, device_type: str) -> None:
-        """What is refused here is refused on every rank alike: all know what came of the trial."""
-        reason = self.why_not_shared if device_type == "cpu" else f"the tensors are on {device_type}"
-        if reason is not None:
-            raise UnsupportedError(
-                explain('transport="shared_memory" cannot serve this call.', got=reason, fix='transport="auto"')
-            )
+    def _carrier(self, via: str, device_type: str) -> Transport:
+        """What is to carry tensors that are there. Every rank comes to the same one, or the same refusal."""
+        if via == "torch_dist":
+            return self.torch_dist
+        if via == "shared_memory":
+            found: Transport | str = self.shared_memory or f"{self.why_not_shared}"
+            return _able(via, found if device_type == "cpu" else f"the tensors are on {device_type}")
+        if via == "peer_memory":
+            return _able(via, self._peers() if device_type == "cuda" else f"the tensors are on {device_type}")
+        if device_type == "cpu":
+            return self._best
+        reason = self.torch_dist.why_not(device_type)
+        if reason is not None and device_type == "cuda":
+            peers = self._peers()
+            if isinstance(peers, PeerMemory):
+                return peers
+            raise cannot_send(device_type, f"{reason}, and of peer memory: {peers}")
+        return self.torch_dist
+
+    def _peers(self) -> PeerMemory | str:
+        """Tried at the first call that asks for it; what came of it is the same on every rank."""
+        if self._peer_memory is None:
+            if self.shared_memory is None:
+                self._peer_memory = f"its ranks must be processes of one host: {self.why_not_shared}"
+            else:
+                self._peer_memory = peer_memory.connect(self.shared_memory)
+        return self._peer_memory
 
     def fail(self, error: BaseException) -> None:
         self._best.fail(error)
+
+
+def _able(via: str, found: Transport | str) -> Transport:
+    if isinstance(found, str):
+        what = f"transport={via!r} cannot serve this call."
+        raise UnsupportedError(explain(what, got=found, fix='transport="auto"'))
+    return found

@@ -15,9 +15,10 @@ import mmap
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -202,6 +203,14 @@ class Whereabouts:
         offset = int(x.storage_offset()) * x.element_size()
         return Whereabouts(segment.serial, segment.fd, len(segment), offset, x.stride())
 
+    def packed(self) -> list[int]:
+        return [self.serial, self.fd, self.size, self.offset, *self.stride]
+
+    @staticmethod
+    def unpacked(words: list[int]) -> Whereabouts:
+        serial, fd, size, offset, *stride = words
+        return Whereabouts(serial, fd, size, offset, tuple(stride))
+
 
 def view(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The tensor of that shape and these strides that begins at a byte of a segment's memory."""
@@ -226,29 +235,40 @@ def laid_out(spec: Spec) -> tuple[list[int], int]:
     return offsets, end
 
 
-_Held = tuple[Tensor, int]  # memory, and the call that used it last
+class Sized(Protocol):
+    """A piece of memory: a tensor [uint8], or what holds one."""
+
+    @property
+    def nbytes(self) -> int: ...
 
 
-class Pool:
-    """The memory of one rank's own segments, reused from call to call."""
+Memory = TypeVar("Memory", bound=Sized)
 
-    def __init__(self) -> None:
-        self._free: dict[int, _Held] = {}  # by address
+
+class Pool(Generic[Memory]):
+    """A rank's own memory that others read, reused from call to call.
+
+    make: gives a piece of at least so many bytes.
+    """
+
+    def __init__(self, make: Callable[[int], Memory]) -> None:
+        self._make = make
+        self._free: dict[int, tuple[Memory, int]] = {}  # by identity, with the call that used it last
         self._idle = _Idle()
 
-    def take(self, num_bytes: int) -> Tensor:
+    def take(self, num_bytes: int) -> Memory:
         """Memory of at least num_bytes that nobody reads; what it holds is undefined.
 
         Never much more, or small calls would keep the memory of a large one for ever.
         """
         most = max(4 * num_bytes, _SMALL_BYTES)
-        fits = [place for place, (memory, _) in self._free.items() if num_bytes <= memory.numel() <= most]
+        fits = [place for place, (memory, _) in self._free.items() if num_bytes <= memory.nbytes <= most]
         if not fits:
-            return create(num_bytes)
-        return self._free.pop(min(fits, key=lambda place: self._free[place][0].numel()))[0]
+            return self._make(num_bytes)
+        return self._free.pop(min(fits, key=lambda place: self._free[place][0].nbytes))[0]
 
-    def give_back(self, memory: Tensor, call: int) -> None:
-        self._free[memory.data_ptr()] = memory, call
+    def give_back(self, memory: Memory, call: int) -> None:
+        self._free[id(memory)] = memory, call
 
     def end_call(self, call: int) -> None:
         self._free = self._idle.kept(self._free, call)
@@ -258,7 +278,7 @@ class Mappings:
     """What this rank has mapped of its peers' segments, kept from call to call."""
 
     def __init__(self) -> None:
-        self._held: dict[int, dict[int, _Held]] = {}  # by pid, by serial
+        self._held: dict[int, dict[int, tuple[Tensor, int]]] = {}  # by pid, by serial
         self._idle: dict[int, _Idle] = {}  # by pid
 
     def memory(self, pid: int, lies: Whereabouts, call: int) -> Tensor:
@@ -282,13 +302,13 @@ class _Idle:
     def __init__(self) -> None:
         self._used: deque[int] = deque(maxlen=_CALLS_KEPT)  # bytes, by call
 
-    def kept(self, held: dict[int, _Held], call: int) -> dict[int, _Held]:
-        self._used.append(sum(memory.numel() for memory, last in held.values() if last == call))
+    def kept(self, held: dict[int, tuple[Memory, int]], call: int) -> dict[int, tuple[Memory, int]]:
+        self._used.append(sum(memory.nbytes for memory, last in held.values() if last == call))
         room = max(self._used)
         kept = {}
         for key, (memory, last) in sorted(held.items(), key=lambda one: -one[1][1]):  # the latest first
             if last < call:
-                room -= memory.numel()
+                room -= memory.nbytes
                 if room < 0 or last <= call - _CALLS_KEPT:
                     continue
             kept[key] = memory, last

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Loan:
-    """A parcel of this rank that others read. memory: what was taken from the pool for it."""
+    """A parcel of this rank that others read. lies: where, as `Note` has it; memory: what the pool gave for it."""
 
     serial: int
-    whereabouts: list[Whereabouts]
-    memory: Tensor | None
+    lies: list
+    memory: Tensor | None = None
     readers: Counter = field(default_factory=Counter)
 
     def returned(self, reader: int) -> None:
@@ -35,28 +35,19 @@ class Loan:
 
 @dataclass(frozen=True)
 class Note:
-    """What a rank is told of a parcel: whose it is, under which number, and where its tensors lie."""
+    """What a rank is told of a parcel: whose it is, under which number, and where it lies, as both channels know."""
 
     owner: int
     loan: int
-    whereabouts: list[Whereabouts]
+    lies: list
 
     def packed(self, index: int, lane: int) -> bytes:
-        lies = [[x.serial, x.fd, x.size, x.offset, *x.stride] for x in self.whereabouts]
-        return json.dumps([index, lane, self.owner, self.loan, lies], separators=(",", ":")).encode()
+        return json.dumps([index, lane, self.owner, self.loan, self.lies], separators=(",", ":")).encode()
 
     @staticmethod
     def unpacked(body: bytes) -> tuple[int, int, Note]:
-        index, lane, owner, loan, lies = json.loads(body)
-        return (
-            index,
-            lane,
-            Note(
-                owner,
-                loan,
-                [Whereabouts(serial, fd, size, at, tuple(stride)) for serial, fd, size, at, *stride in lies],
-            ),
-        )
+        index, lane, *rest = json.loads(body)
+        return index, lane, Note(*rest)
 
 
 class SharedChannel(Channel):
@@ -91,7 +82,7 @@ class SharedChannel(Channel):
         if loan is None:
             loan = self._loans[parcel] = self._publish(parcel)
         loan.readers[reader] += 1
-        return Note(self._transport.rank, loan.serial, loan.whereabouts)
+        return Note(self._transport.rank, loan.serial, loan.lies)
 
     def _publish(self, parcel: Parcel) -> Loan:
         """Copy what does not lie in shared memory already, once for all readers."""
@@ -101,7 +92,7 @@ class SharedChannel(Channel):
             memory, copies = self._allocate(spec_of([tensors[place] for place in elsewhere]))
             for place, copy in zip(elsewhere, copies, strict=True):
                 tensors[place] = copy.copy_(tensors[place])
-        return self._transport.new_loan([Whereabouts.of(x) for x in tensors], memory)
+        return self._transport.new_loan([Whereabouts.of(x).packed() for x in tensors], memory)
 
     def _allocate(self, spec: Spec) -> tuple[Tensor, list[Tensor]]:
         offsets, num_bytes = laid_out(spec)
@@ -117,7 +108,7 @@ class SharedChannel(Channel):
 
     def take(self, index: int, lane: int, peer: int, spec: Spec) -> Parcel:
         note = self._transport.note(self._call, self._members[peer], index, lane)
-        parts = zip(note.whereabouts, spec.shapes, spec.dtypes, strict=True)
+        parts = zip(map(Whereabouts.unpacked, note.lies), spec.shapes, spec.dtypes, strict=True)
         parcel = Parcel(
             tuple(
                 view(self._transport.memory(note.owner, lies, self._call), lies.offset, shape, lies.stride, dtype)
@@ -128,11 +119,7 @@ class SharedChannel(Channel):
         return parcel
 
     def await_readers(self, loans: Collection[Loan]) -> None:
-        self._transport.wait(
-            lambda: not any(loan.reading() for loan in loans),
-            lambda: set().union(*(loan.reading() for loan in loans)),
-            f"to read rank {self._transport.rank}'s tensors in call {self._call}",
-        )
+        self._transport.await_readers(loans, self._call)
 
     def release(self, parcel: Parcel) -> None:
         if parcel in self._borrowed:

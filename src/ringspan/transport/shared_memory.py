@@ -14,7 +14,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from ringspan.errors import RankFailedError, SharedMemoryFullError, explain
 from ringspan.transport.contract import Channel, Transport
 from ringspan.transport.inbox import Inbox, Link, Page, Record
 from ringspan.transport.introduction import Introduction, exchange
-from ringspan.transport.segments import Mappings, Pool, Whereabouts
+from ringspan.transport.segments import Mappings, Pool, Whereabouts, create
 from ringspan.transport.shared_channel import Loan, Note, SharedChannel
 
 _AGREEMENT, _PARCEL, _RELEASED, _FAILED, _LEFT = range(5)  # kinds of records
@@ -62,7 +62,7 @@ class SharedMemoryTransport(Transport):
         super().__init__()
         self.rank, self.size = beside.rank, beside.size
         self.timeout_s = timeout_s
-        self.pool, self._mappings = Pool(), Mappings()
+        self.pool, self._mappings = Pool(create), Mappings()
         self.links = {link.rank: link for link in links}
         self._loans: dict[int, Loan] = {}
         self._loan_serials = itertools.count()
@@ -121,6 +121,11 @@ class SharedMemoryTransport(Transport):
         self.wait(lambda: key in self._notes, lambda: {sender}, f"in step {index} of call {call}")
         return self._notes.pop(key)
 
+    def has_note(self, call: int, sender: int, index: int, lane: int) -> bool:
+        """Whether `note` would not wait."""
+        self._collect()
+        return (call, sender, index, lane) in self._notes
+
     def memory(self, owner: int, lies: Whereabouts, call: int) -> Tensor:
         """What the owner announced, mapped here."""
         pid = self.links[owner].pid
@@ -143,8 +148,8 @@ class SharedMemoryTransport(Transport):
                 )
             ) from error
 
-    def new_loan(self, whereabouts: list[Whereabouts], memory: Tensor | None) -> Loan:
-        loan = Loan(next(self._loan_serials), whereabouts, memory)
+    def new_loan(self, lies: list, memory: Tensor | None = None) -> Loan:
+        loan = Loan(next(self._loan_serials), lies, memory)
         self._loans[loan.serial] = loan
         return loan
 
@@ -152,6 +157,13 @@ class SharedMemoryTransport(Transport):
         del self._loans[loan.serial]
         if loan.memory is not None:
             self.pool.give_back(loan.memory, call)
+
+    def await_readers(self, loans: Collection[Loan], call: int) -> None:
+        self.wait(
+            lambda: not any(loan.reading() for loan in loans),
+            lambda: set().union(*(loan.reading() for loan in loans)),
+            f"to read rank {self.rank}'s tensors in call {call}",
+        )
 
     def end_call(self, call: int) -> None:
         self.pool.end_call(call)

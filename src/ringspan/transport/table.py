@@ -15,7 +15,7 @@ from ringspan.transport.contract import Transport
 from ringspan.transport.local import LocalGroup, alone, current_group, resolve_local
 from ringspan.transport.process_group import transport_of
 
-TRANSPORTS = ("auto", "local", "shared_memory", "torch_dist")
+TRANSPORTS = ("auto", "local", "shared_memory", "torch_dist", "peer_memory")
 ALONE = "alone"
 
 

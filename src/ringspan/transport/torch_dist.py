@@ -129,24 +129,21 @@ class TorchDistTransport(Transport):
 
     def channel(self, call: int, members: Sequence[int], via: str = "auto", device_type: str = "cpu") -> Channel:
         in_order = self.runs_in_order(device_type)
-        self._check_backend(device_type)
+        if (reason := self.why_not(device_type)) is not None:
+            raise cannot_send(device_type, reason)
         if in_order and not self._met:
             # NCCL's first operation on a group must be one of all ranks; the agreement may have gone through gloo.
             self._gather(call, b"\0", on_cpu=False)
         return _DistChannel(self, call, tuple(members), in_order)
 
-    def _check_backend(self, device_type: str) -> None:
+    def why_not(self, device_type: str) -> str | None:
+        """Why the group cannot send tensors that are there, or None."""
         if device_type not in self._backends:
             self._backends[device_type] = _backend_name(self.group, device_type)
         backend = self._backends[device_type]
         if backend is None or (backend == "gloo" and device_type != "cpu"):
-            raise UnsupportedError(
-                explain(
-                    f"this process group cannot send tensors that are on {device_type}.",
-                    got=f"it has {backend or 'no backend'} for them",
-                    fix='torch.distributed.init_process_group("cpu:gloo,cuda:nccl")',
-                )
-            )
+            return f"it has {backend or 'no backend'} for them"
+        return None
 
     def runs_in_order(self, device_type: str) -> bool:
         """Whether transfers go by NCCL, not gloo."""
@@ -358,6 +355,16 @@ class _Posted(Pending):
         for work in self.works:
             with contextlib.suppress(RuntimeError):
                 work.wait(timedelta(milliseconds=1))
+
+
+def cannot_send(device_type: str, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        explain(
+            f"this process group cannot send tensors that are on {device_type}.",
+            got=reason,
+            fix='torch.distributed.init_process_group("cpu:gloo,cuda:nccl")',
+        )
+    )
 
 
 def _named(ranks: Sequence[int]) -> str:
