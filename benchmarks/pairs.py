@@ -61,14 +61,14 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def machine() -> str:
+def machine(started_by: str = "python") -> str:
     """What a reader needs to know to read the figures, and the command that made them."""
     return "\n".join(
         (
             f"machine   {_processor()}, {os.cpu_count()} cores",
             f"versions  python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}",
             f"date      {time.strftime('%Y-%m-%d')}",
-            f"command   python {' '.join(sys.argv)}",
+            f"command   {started_by} {' '.join(sys.argv)}",
         )
     )
 

@@ -24,6 +24,7 @@ def test_doctor_tells_versions_kernels_transports_and_tries_a_ring(ringspan):
         assert re.search(rf"^ *{kernel.name} +[✓✗] +[✓✗]", ended.out, re.MULTILINE)
     assert re.search(r"local +✓", ended.out) and re.search(r"shared_memory +✓", ended.out)
     assert re.search(r"torch_dist +gloo +✓", ended.out)
+    assert re.search(r"peer_memory +[✓✗] +processes of one host, tensors on NVIDIA GPUs", ended.out)
     assert re.search(r"✓ a ring of 3 threads over 301 tokens.*error \d\.\de-\d+", ended.out)
     assert all(len(line) <= 100 for line in ended.out.splitlines())
     assert re.search(rf"native kernel +{_native.info()['isa']} ", ended.out)

@@ -115,7 +115,8 @@ def ring_attention(
         return_lse: also return lse, the natural logarithm of the sum of exp of the scaled visible scores.
         kernel: "auto", or a name that `ringspan doctor` lists.
         transport: "auto", "local" (run_local groups), and for process groups "shared_memory" (CPU tensors, all
-            ranks on one host: shards are read in place) or "torch_dist". "auto" takes the first of them that serves.
+            ranks on one host: shards are read in place), "torch_dist", or "peer_memory" (tensors on NVIDIA GPUs, all
+            ranks on one host: shards are pulled from GPU to GPU). "auto" takes the first of them that serves.
         agreement: False skips the exchange in which ranks compare their arguments. Then all ranks must hold
             equal lengths and pass equal arguments; where they do not, results are undefined.
 

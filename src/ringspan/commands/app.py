@@ -21,7 +21,7 @@ from ringspan.commands.report import complain
 from ringspan.commands.source import DTYPES, RandomSource, Source, open_file
 from ringspan.errors import ArgumentError, RingspanError, explain
 from ringspan.layout import NAMES
-from ringspan.transport.table import TRANSPORTS
+from ringspan.transport import table as transport_table
 
 app = typer.Typer(
     help="Exact attention over a sequence that is spread over many workers (ring attention).",
@@ -44,6 +44,8 @@ queries; 1 if it is not; 2 for bad input; 3 if a worker failed. Unless it is 0, 
 Several machines: torchrun --nnodes ... --nproc-per-node N -m ringspan attend ..., the same on each; INPUT must be \
 readable on all of them, and the first one writes.
 """
+# Workers of this command have their tensors on CPUs.
+_TRANSPORTS = tuple(name for name in transport_table.TRANSPORTS if name != "peer_memory")
 _MASK, _RANDOM, _RUN, _RESULT = "Which attention", "Random input, instead of INPUT", "How it runs", "Result"
 
 Layout = Annotated[
@@ -114,7 +116,7 @@ def attend(
     transport: Annotated[
         str,
         typer.Option(
-            metavar="|".join(TRANSPORTS),
+            metavar="|".join(_TRANSPORTS),
             help="local: workers are threads of this process. Else processes, which read each other's shards in "
             "shared_memory or send them by torch_dist (gloo); auto: the first of the two that works.",
             rich_help_panel=_RUN,
@@ -186,8 +188,8 @@ def attend(
 
 
 def _attend(planned: Callable[[int, bool], Job], workers: int | None, transport: str, timeout_s: float) -> Exit:
-    if transport not in TRANSPORTS:
-        known = ", ".join(TRANSPORTS)
+    if transport not in _TRANSPORTS:
+        known = ", ".join(_TRANSPORTS)
         raise ArgumentError(explain("--transport is unknown.", got=repr(transport), fix=f"one of {known}"))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         _refuse_against_torchrun(workers, transport, int(os.environ["WORLD_SIZE"]))

@@ -150,22 +150,24 @@ def _only_tile(capability: measured.Capability) -> tuple[str, str, str]:
 
 def _transports() -> Table:
     table = _table("transports", "name", "", "usable", "what it is")
-    table.add_row("local", "", _mark(True), "threads of one process (ringspan.run_local)")
-    missing = segments.why_unsupported()
-    what = "processes of one host, tensors on CPUs: read where they are"
-    table.add_row("shared_memory", "", _mark(missing is None), what if missing is None else f"{what}: {missing}")
-    for backend, what, usable, why in (
-        ("gloo", "processes, tensors on CPUs", dist.is_available() and dist.is_gloo_available(), "no gloo"),
-        ("nccl", "processes, tensors on NVIDIA GPUs", *_nccl()),
+    unshared = segments.why_unsupported()
+    no_gloo = None if dist.is_available() and dist.is_gloo_available() else "no gloo"
+    no_nccl = None if dist.is_available() and dist.is_nccl_available() else "this torch was built without NCCL"
+    no_gpu = None if torch.cuda.is_available() else "no GPU that this torch can use"
+    for name, backend, what, missing in (
+        ("local", "", "threads of one process (ringspan.run_local)", None),
+        ("shared_memory", "", "processes of one host, tensors on CPUs: read where they are", unshared),
+        ("torch_dist", "gloo", "processes, tensors on CPUs", no_gloo),
+        ("torch_dist", "nccl", "processes, tensors on NVIDIA GPUs", no_nccl or no_gpu),
+        (
+            "peer_memory",
+            "",
+            "processes of one host, tensors on NVIDIA GPUs: pulled by the copy engine",
+            unshared or no_gpu,
+        ),
     ):
-        table.add_row("torch_dist", backend, _mark(usable), what if usable else f"{what}: {why}")
+        table.add_row(name, backend, _mark(missing is None), what if missing is None else f"{what}: {missing}")
     return table
-
-
-def _nccl() -> tuple[bool, str]:
-    if not (dist.is_available() and dist.is_nccl_available()):
-        return False, "this torch was built without NCCL"
-    return torch.cuda.is_available(), "no GPU that this torch can use"
 
 
 def _mark(good: bool) -> Text:
