@@ -74,8 +74,8 @@ class Pending(ABC):
 class Channel(ABC):
     """One call's transfers. `rank` and `size` count within the ring that the channel was opened for.
 
-    in_place: a parcel is read where its owner put it, so a shard is sent once to all its readers by its owner, and
-    is never handed on. Other channels copy: a received parcel may be sent on until it is released.
+    in_place: a parcel is read, or copied, from where its owner put it, so a shard is sent once to all its readers, by
+    its owner, and is never handed on. With other channels a received parcel may be sent on until it is released.
     in_order: transfers run in the order of their posting, whatever their lane, and each only ends when the other
     rank has come to it too. So all that two ranks post for each other in one step goes into one `together`, or ranks
     wait for each other in a circle (docs/decisions/0009-nccl-order.md).
