@@ -4,7 +4,7 @@
 
 Rank 0 has the queries, every rank a part of the keys. The same library in both, told in one of them that keys travel.
 Then every rank has the queries, as in decoding: decode_attention against the same by ring_attention, where rank 0 asks
-and all get the answer.
+and all get the answer. And the same in one process, against torch's attention over all keys.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from pairs import interleaved, machine
+from torch.nn.functional import scaled_dot_product_attention
 
 import ringspan
 
@@ -34,7 +35,11 @@ def main() -> None:
     heads = f"{args.heads} heads, {args.kv_heads} of keys, d {args.head_dim}"
     print(f"{args.processes} processes of one thread, {args.tokens} keys, {heads}, bfloat16, forward")
     print("speed of travelling queries against travelling keys; where all ranks have the queries, of decode_attention")
-    print("against ring_attention and unshard: median (quartiles), their times")
+    print("against ring_attention and unshard; in one process, against scaled_dot_product_attention: median")
+    print("(quartiles), their times")
+    torch.set_num_threads(1)
+    for num_queries in args.queries:
+        in_one_process(num_queries, args)
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(rank_of, (args, f"{folder}/store"), args.processes)
 
@@ -56,11 +61,25 @@ def rank_of(rank: int, args: argparse.Namespace, store: str) -> None:
                 with patch("ringspan.decide.travelling_side", lambda *_: "keys"):
                     return call()
 
-            mine, theirs = queries_travel().float(), keys_travel().float()
-            assert (mine - theirs).norm() <= 2 * 2.5e-3 * theirs.norm()  # each is within 2.5e-3 of the exact result
+            check(queries_travel(), keys_travel())
             found = interleaved(queries_travel, keys_travel, args.pairs)
             tell(rank, f"{transport:13} {num_queries:6} queries", found)
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def in_one_process(num_queries: int, args: argparse.Namespace) -> None:
+    k, v = torch.randn(2, 1, args.kv_heads, args.tokens, args.head_dim, dtype=torch.bfloat16).unbind()
+    q = torch.randn(1, args.heads, num_queries, args.head_dim, dtype=torch.bfloat16)
+
+    def ours():
+        return ringspan.decode_attention(q, k, v)
+
+    def torchs():
+        return scaled_dot_product_attention(q, k, v, enable_gqa=args.heads != args.kv_heads)
+
+    check(ours(), torchs())
+    tell(0, f"{'one process':13} {num_queries:6} on all ", interleaved(ours, torchs, args.pairs))
 
 
 @torch.no_grad()
@@ -75,9 +94,13 @@ def decode(rank: int, num_queries: int, k, v, transport: str, args: argparse.Nam
         mine = q if rank == 0 else q[:, :, :0]
         return ring.unshard(ring.attention(mine, k, v, transport=transport), 2)
 
-    mine, theirs = one_exchange().float(), asked_by_the_first().float()
-    assert (mine - theirs).norm() <= 2 * 2.5e-3 * theirs.norm()
+    check(one_exchange(), asked_by_the_first())
     tell(rank, f"{transport:13} {num_queries:6} on all ", interleaved(one_exchange, asked_by_the_first, args.pairs))
+
+
+def check(mine: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Each is within 2.5e-3 of the exact result."""
+    assert (mine.float() - theirs.float()).norm() <= 2 * 2.5e-3 * theirs.float().norm()
 
 
 def tell(rank: int, what: str, found) -> None:
