@@ -153,6 +153,11 @@ class Stale(HostMemory):
         return Memory()
 
 
+class Full(HostMemory):
+    def delay(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
 def try_to_connect(rank, memory, victim):
     return connected(memory if rank == victim else HostMemory)
 
@@ -162,6 +167,7 @@ def try_to_connect(rank, memory, victim):
     [
         (Refusing, "rank 1: NotImplementedError: cudaMallocAsync shares nothing"),
         (Blind, "rank 1: RuntimeError: CUDA error: peer access is not supported between these two devices"),
+        (Full, "rank 1: OutOfMemoryError: CUDA out of memory"),
         (Stale, "rank 1: read 1048576 of 1048576 bytes of rank 0 wrongly"),
     ],
 )

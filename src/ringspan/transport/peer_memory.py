@@ -72,11 +72,10 @@ def connect(control: SharedMemoryTransport, memory: Callable[[], Any] = CudaMemo
     if (unable := _first_reason(control, reason)) is not None:
         return unable
     for number in range(_TRIAL_ROUNDS):
-        me.write(number)
-        control.agree(control.begin_call(), b"written")
-        wrong, reason = _tried(partial(me.compare, number, peers))
-        if (unable := _first_reason(control, reason or wrong)) is not None:
-            return unable
+        for part in (partial(me.write, number), partial(me.compare, number, peers)):
+            wrong, reason = _tried(part)
+            if (unable := _first_reason(control, reason or wrong)) is not None:
+                return unable
     return PeerMemory(control, me.gpu, me.written, peers)
 
 
