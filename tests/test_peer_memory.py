@@ -3,11 +3,13 @@
 What a GPU does with it is in test_gpu.py.
 """
 
+import gc
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +30,7 @@ from ringspan.transport import device_memory, peer_memory, process_group, stream
 from ringspan.transport.contract import Parcel, allocate
 from ringspan.transport.peer_memory import PeerMemory, connect
 from ringspan.transport.process_group import ProcessGroupTransport, transport_of
-from ringspan.transport.streams import CudaStreams
+from ringspan.transport.streams import CudaStreams, Streams
 
 RANKS = 3
 
@@ -441,6 +443,39 @@ def test_without_any_one_of_its_events_it_has_races(recorder, monkeypatch, owner
     monkeypatch.setattr(owner, name, sometimes)
     attend(recorder)
     assert left_out and recorder.races
+
+
+class Marking(Streams):
+    def mark(self):
+        return "pulled"
+
+
+class Asked(HostMemory):
+    asked: tuple = ()
+
+    def streams(self):
+        return Marking()
+
+    def is_done(self, event):
+        self.asked += (event,)
+        return True
+
+
+def destroy(rank):
+    """What is left when the group was destroyed, and what was waited for by then."""
+    carry_everything(Asked)
+    gc.disable()
+    ringspan.ring_attention(*shards(rank))
+    peers, memory = weakref.ref(world()._peers()), world()._peers().gpu
+    dist.destroy_process_group()
+    left = peers() is not None, memory.asked
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # what ends this process has one
+    return left
+
+
+def test_a_group_that_is_destroyed_waits_for_its_pulls_and_lets_go_of_its_memory_at_once():
+    """Not when Python next looks for circles: a process may end before, and memory of a GPU is dear."""
+    assert results(run_processes(destroy, RANKS)) == [(False, ("event",) * (RANKS - 1) + ("pulled",))] * RANKS
 
 
 def test_work_that_was_launched_late_is_waited_for_at_the_end_of_a_process():

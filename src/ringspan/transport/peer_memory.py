@@ -157,8 +157,9 @@ class PeerMemory(Transport):
         self.rank, self.size = control.rank, control.size
         self.control, self.gpu = control, gpu
         self.written, self.peers = written, peers
-        self.pool: Pool[Window] = Pool(self._make_window)
-        self._serials = itertools.count()
+        serials = itertools.count()
+        # A function of its own: with a method of this object it would lie in a circle, and stay until Python looks.
+        self.pool: Pool[Window] = Pool(lambda num_bytes: Window(next(serials), gpu.create(num_bytes)))
         self._life = _Life(gpu, [peer.was_read for peer in peers.values()])
         weakref.finalize(self, self._life.drain)
 
@@ -190,9 +191,6 @@ class PeerMemory(Transport):
 
     def fail(self, error: BaseException) -> None:
         self.control.fail(error)
-
-    def _make_window(self, num_bytes: int) -> Window:
-        return Window(next(self._serials), self.gpu.create(num_bytes))
 
     def window(self, num_bytes: int) -> Window:
         """That may be written on the current stream."""
