@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -94,6 +95,7 @@ class RecordedMemory(HostMemory):
         super().__init__()
         self._world = world
         self._streams = CudaStreams()
+        self._waited_for: dict[str, int] = {}  # by the host itself: a clock
 
     def create(self, num_bytes):
         memory = torch.empty(max(num_bytes, 1), dtype=torch.uint8)
@@ -106,7 +108,23 @@ class RecordedMemory(HostMemory):
         return self._world.put(memory)
 
     def open(self, words):
-        return self._world.shared.pop(words)
+        memory = self._world.shared.pop(words)
+        opened = memory[:]
+        weakref.finalize(opened, self._let_go, memory).atexit = False
+        return opened
+
+    def _let_go(self, memory):
+        """torch waits for the current stream here, and then its owner may have the memory back."""
+        recorder = self._world.recorder
+        with self.pulling():
+            pulls = recorder.current
+        done = max(recorder.now().get(pulls, 0), self._waited_for.get(pulls, 0))
+        if recorder._storage(memory, CALLER).read.get(pulls, 0) > done:
+            recorder.races.append(f"{recorder.current} lets go of {tuple(memory.shape)} before {pulls} has read it")
+
+    def is_done(self, event):
+        self._waited_for |= event.clock
+        return True
 
     def new_event(self):
         return self._world.cuda.Event()

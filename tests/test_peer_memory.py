@@ -418,6 +418,26 @@ def test_every_access_is_ordered_where_all_ranks_have_the_queries(recorder, num_
     assert recorder.races == []
 
 
+def test_windows_are_let_go_when_they_have_been_read_whatever_stream_is_current(recorder):
+    """Each call is on another stream, which nothing orders after the last, and needs a window larger than those that
+    are there, so that they are given up."""
+    found = []
+
+    def work(transport):
+        for number in range(12):
+            with recorder.on(f"stream {number} of rank {transport.rank}"):
+                channel = opened(transport, range(2))
+                mine, other = parcel_of(channel.rank, ((1000 * (1 + number),),), (torch.float32,)), 1 - channel.rank
+                (arrived,) = channel.post(0, 0, [(other, mine)], [(other, spec_of(mine))]).wait()
+                channel.release(arrived)
+                channel.close()
+        found.append(len(transport.peers[other].windows))
+
+    in_threads(recorder, work, 2)
+    assert max(found) < 6, "none was let go"
+    assert recorder.races == []
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "where"),
     [

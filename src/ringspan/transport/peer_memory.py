@@ -316,9 +316,10 @@ class PeerChannel(Channel):
 
     def pull(self, owner: int, note: Note, lane: int, target: Parcel, begin: Any) -> Any:
         """Launch the copy; after what it is done. begin: after what the target may be written."""
-        source = _views(self._transport.opened(owner, note.lies), spec_of(target.tensors))
         peer = self._transport.peers[owner]
         with self._gpu.pulling():
+            # Here, for what is let go is waited for on the stream that read it.
+            source = _views(self._transport.opened(owner, note.lies), spec_of(target.tensors))
             self.streams.follow(begin)
             self.streams.follow(peer.written[lane])
             self.streams.hold(target.tensors)
