@@ -441,7 +441,7 @@ def test_windows_are_let_go_when_they_have_been_read_whatever_stream_is_current(
 @pytest.mark.parametrize(
     ("owner", "name", "where"),
     [
-        (RecordedMemory, "record", "_publish"),
+        (RecordedMemory, "record", "post"),
         (RecordedMemory, "record", "pull"),
         (CudaStreams, "follow", "pull"),
         (CudaStreams, "follow", "window"),

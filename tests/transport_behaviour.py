@@ -73,6 +73,17 @@ def posting_does_not_wait_for_the_other_side(transport: Transport) -> None:
     channel.close()
 
 
+def a_parcel_goes_by_several_lanes(transport: Transport) -> None:
+    channel = opened(transport)
+    mine = parcel_of(channel.rank)
+    up, down = (channel.rank + 1) % channel.size, (channel.rank - 1) % channel.size
+    for lane, to, source in ((0, up, down), (1, down, up)):
+        (arrived,) = channel.post(lane, lane, [(to, mine)], [(source, spec_of(mine))]).wait()
+        assert same(arrived, parcel_of(source))
+        channel.release(arrived)
+    channel.close()
+
+
 def tensors_of_any_strides_arrive_as_they_look(transport: Transport) -> None:
     channel = opened(transport)
     grid = torch.arange(24.0).view(4, 6) + 100 * channel.rank
@@ -140,6 +151,7 @@ BEHAVIOURS = (
     calls_are_numbered_alike_on_all_ranks,
     a_parcel_goes_round_the_ring_and_comes_home,
     posting_does_not_wait_for_the_other_side,
+    a_parcel_goes_by_several_lanes,
     tensors_of_any_strides_arrive_as_they_look,
     negated_and_conjugated_views_arrive_as_they_look,
     after_close_the_owner_may_overwrite_what_it_sent,

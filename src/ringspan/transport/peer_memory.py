@@ -272,29 +272,31 @@ class PeerChannel(Channel):
         receives: Sequence[tuple[int, Spec]] = (),
     ) -> Pending:
         assert lane < _LANES
+        for _, parcel in sends:
+            if parcel not in self._loans:
+                self._loans[parcel] = self._publish(parcel)
+        if sends:  # readers wait for what their lane has recorded: of a parcel that another lane published too
+            self._gpu.record(self._transport.written[lane])
         for peer, parcel in sends:
             reader = self._members[peer]
-            note = self._lend(parcel, lane, reader)
+            note = self._lend(parcel, reader)
             self._control.tell(reader, self._call, note.packed(index, lane))
         filled = [self._loans[parcel][0] for _, parcel in sends if parcel in self._buffers]
         pulls = [_Pull(self, index, lane, self._members[peer], spec) for peer, spec in receives]
         return _PeerPending(self, pulls, filled)
 
-    def _lend(self, parcel: Parcel, lane: int, reader: int) -> Note:
-        if parcel not in self._loans:
-            self._loans[parcel] = self._publish(parcel, lane)
+    def _lend(self, parcel: Parcel, reader: int) -> Note:
         loan, window = self._loans[parcel]
         loan.readers[reader] += 1
         return Note(self._transport.rank, loan.serial, self._transport.introduce(window, reader))
 
-    def _publish(self, parcel: Parcel, lane: int) -> tuple[Loan, Window]:
-        """Where it lies in a window, after a copy unless `buffer` made it; readers wait for what is recorded here."""
+    def _publish(self, parcel: Parcel) -> tuple[Loan, Window]:
+        """Where it lies in a window, after a copy unless `buffer` made it."""
         window = self._buffers.get(parcel)
         if window is None:
             window, copies = self._allocate(spec_of(parcel.tensors))
             for copy, x in zip(copies, parcel.tensors, strict=True):
                 copy.copy_(x)
-        self._gpu.record(self._transport.written[lane])
         return self._control.new_loan([]), window
 
     def _allocate(self, spec: Spec) -> tuple[Window, tuple[Tensor, ...]]:
