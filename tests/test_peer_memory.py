@@ -583,3 +583,40 @@ def send_what_was_overwritten(rank):
 
 def test_what_is_published_is_a_copy():
     results(run_processes(send_what_was_overwritten, 2))
+
+
+def post_early_and_late(rank):
+    transport = connected()
+    channel = opened(transport, range(2))
+    first, second, other = parcel_of(rank), parcel_of(10 + rank), 1 - rank
+    early = channel.post(0, 0, (), [(other, spec_of(first))])
+    transport.agree(transport.begin_call(), b"posted")
+    for index, parcel in enumerate((first, second)):
+        channel.post(index, 0, [(other, parcel)])
+    transport.agree(transport.begin_call(), b"sent")
+    late = channel.post(1, 0, (), [(other, spec_of(second))])
+    assert same(early.wait()[0], parcel_of(other))
+    channel.close()  # nobody is to read any more
+    assert same(late.wait()[0], parcel_of(10 + other))
+
+
+def test_posting_waits_for_no_note_and_pulls_at_once_where_there_is_one():
+    results(run_processes(post_early_and_late, 2, group_timeout_s=10))
+
+
+def receive_other_lengths(rank):
+    transport = connected()
+    channel = opened(transport, range(2))
+    most = 0
+    for index, length in enumerate((7, 5, 6, 5, 4)):
+        mine, other = parcel_of(rank, ((length,),), (torch.float32,)), 1 - rank
+        (arrived,) = channel.post(index, 0, [(other, mine)], [(other, spec_of(mine))]).wait()
+        channel.release(arrived)
+        del arrived
+        most = max(most, len(channel._spare))
+    channel.close()
+    return most, len(channel._spare)
+
+
+def test_of_what_was_pulled_into_no_more_is_kept_than_one_length():
+    assert results(run_processes(receive_other_lengths, 2)) == [(1, 0)] * 2
