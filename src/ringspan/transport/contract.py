@@ -96,7 +96,8 @@ class Channel(ABC):
     ) -> Pending:
         """Start transfers and return at once. (index, lane) pairs a send with its receive between two ranks.
 
-        A parcel that is sent must not be changed before `close`; one that `buffer` made, not before `wait`.
+        A parcel that is sent must not be changed before `close`; one that `buffer` made, not before `wait`. It is
+        not sent to a rank again that may still read it.
         """
 
     def together(self) -> AbstractContextManager:

@@ -287,6 +287,7 @@ class PeerChannel(Channel):
 
     def _lend(self, parcel: Parcel, reader: int) -> Note:
         loan, window = self._loans[parcel]
+        assert not loan.readers[reader], "sent twice: it may come to the second note first, and know no window"
         loan.readers[reader] += 1
         return Note(self._transport.rank, loan.serial, self._transport.introduce(window, reader))
 
