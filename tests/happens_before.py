@@ -2,7 +2,7 @@
 and every event that orders streams, and finds the accesses that no chain of events puts in order.
 
 Threads that run the code under test are real; streams are made up, one a worker. What a host thread waits for orders
-nothing here, as with a GPU.
+nothing on them here, as with a GPU.
 """
 
 from __future__ import annotations
@@ -56,6 +56,15 @@ class Recorder:
             mine = self._clock(stream or self.current)
             for other, time in clock.items():
                 mine[other] = max(mine.get(other, 0), time)
+
+    @property
+    def seen(self) -> dict[str, int]:
+        """What this thread itself has waited for."""
+        return self._thread.__dict__.setdefault("seen", {})
+
+    def see(self, clock: dict[str, int]) -> None:
+        for other, time in clock.items():
+            self.seen[other] = max(self.seen.get(other, 0), time)
 
     def _clock(self, stream: str) -> dict[str, int]:
         return self._clocks.setdefault(stream, {stream: 0})
@@ -113,6 +122,8 @@ class Watched(TorchDispatchMode):
         schema = func._schema
         if any(x.alias_info and not x.alias_info.is_write for x in schema.returns) or "empty" in func.__name__:
             return out  # a view, or memory that nobody has written yet
+        if func is torch.ops.aten._local_scalar_dense.default:  # a number for the host, which waits for it
+            self._recorder.see(self._recorder.now())
         changed = []
         for place, argument in enumerate(schema.arguments):
             given = args[place] if place < len(args) else (kwargs or {}).get(argument.name)

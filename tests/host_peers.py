@@ -95,7 +95,6 @@ class RecordedMemory(HostMemory):
         super().__init__()
         self._world = world
         self._streams = CudaStreams()
-        self._waited_for: dict[str, int] = {}  # by the host itself: a clock
 
     def create(self, num_bytes):
         memory = torch.empty(max(num_bytes, 1), dtype=torch.uint8)
@@ -118,12 +117,12 @@ class RecordedMemory(HostMemory):
         recorder = self._world.recorder
         with self.pulling():
             pulls = recorder.current
-        done = max(recorder.now().get(pulls, 0), self._waited_for.get(pulls, 0))
+        done = max(recorder.now().get(pulls, 0), recorder.seen.get(pulls, 0))
         if recorder._storage(memory, CALLER).read.get(pulls, 0) > done:
             recorder.races.append(f"{recorder.current} lets go of {tuple(memory.shape)} before {pulls} has read it")
 
     def is_done(self, event):
-        self._waited_for |= event.clock
+        self._world.recorder.see(event.clock)
         return True
 
     def new_event(self):

@@ -338,11 +338,11 @@ def in_threads(recorder, work, num_ranks=RANKS):
 
     def run(rank):
         try:
-            with recorder.on(f"rank {rank}"), torch.autograd.set_multithreading_enabled(False):
+            on, watched = recorder.on(f"rank {rank}"), Watched(recorder)
+            with on, watched, torch.autograd.set_multithreading_enabled(False):
                 transport = connect(controls[rank], lambda: RecordedMemory(peers))
                 assert isinstance(transport, PeerMemory), transport
-                with Watched(recorder):
-                    found[rank] = work(transport)
+                found[rank] = work(transport)
         except BaseException as error:
             errors.append(error)
             controls[rank].fail(error)

@@ -72,7 +72,7 @@ def connect(control: SharedMemoryTransport, memory: Callable[[], Any] = CudaMemo
     if (unable := _first_reason(control, reason)) is not None:
         return unable
     for number in range(_TRIAL_ROUNDS):
-        for part in (partial(me.write, number), partial(me.compare, number, peers)):
+        for part in (partial(me.write, number, peers), partial(me.compare, number, peers)):
             wrong, reason = _tried(part)
             if (unable := _first_reason(control, reason or wrong)) is not None:
                 return unable
@@ -125,8 +125,10 @@ class _Introduction:
         events = [self.gpu.open_event(event) for event in written]
         return _Peer(events, self._has_read[rank], self.gpu.open_event(was_read))
 
-    def write(self, number: int) -> None:
+    def write(self, number: int, peers: dict[int, _Peer]) -> None:
         """After a delay: whoever does not wait for it reads what was there before."""
+        for peer in peers.values():
+            self.gpu.streams().follow(peer.was_read)
         self.gpu.delay()
         self._trial.fill_(self._value(number, self._control.rank))
         self.gpu.record(self.written[0])
