@@ -321,6 +321,27 @@ def test_a_rank_that_fails_in_the_middle_is_named():
         assert "rank 1 failed first: OutOfMemoryError: no room" in told
 
 
+def open_what_is_gone(rank):
+    carry_everything()
+    ringspan.ring_attention(*shards(rank))
+
+    def gone(words):
+        raise RuntimeError("CUDA error: invalid resource handle\nCUDA kernel errors might be reported later")
+
+    if rank == 1:
+        world()._peers().gpu.open = gone
+    with pytest.raises(ringspan.RankFailedError) as caught:
+        ringspan.ring_attention(*(torch.cat([x, x], 2) for x in shards(rank)))  # in windows that nobody has opened
+    return str(caught.value)
+
+
+def test_whose_memory_cannot_be_opened_any_more_is_named():
+    """A rank that was killed when it had sent its note."""
+    first, second = results(run_processes(open_what_is_gone, 2, group_timeout_s=20))
+    assert second.startswith("rank 1 cannot open the memory of rank 0.") and "invalid resource handle" in second
+    assert "rank 1 failed first: RankFailedError: rank 1 cannot open the memory of rank 0" in first
+
+
 @pytest.fixture
 def recorder(monkeypatch):
     recorder = Recorder()
@@ -598,6 +619,7 @@ def post_early_and_late(rank):
     assert same(early.wait()[0], parcel_of(other))
     channel.close()  # nobody is to read any more
     assert same(late.wait()[0], parcel_of(10 + other))
+    assert early.received_bytes == late.received_bytes == [sum(x.nbytes for x in first.tensors)]
 
 
 def test_posting_waits_for_no_note_and_pulls_at_once_where_there_is_one():

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ringspan.errors import UnsupportedError, explain
+from ringspan.errors import RankFailedError, UnsupportedError, explain
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, Transport, spec_of
 from ringspan.transport.device_memory import CudaMemory, Words
 from ringspan.transport.introduction import exchange
@@ -222,7 +222,16 @@ class PeerMemory(Transport):
         for old in gone:
             del windows[old]
         if handle is not None:
-            windows[serial] = self.gpu.open(handle)
+            try:
+                windows[serial] = self.gpu.open(handle)
+            except (RuntimeError, OSError) as error:  # most often its process is gone, and what it shared with it
+                raise RankFailedError(
+                    explain(
+                        f"rank {self.rank} cannot open the memory of rank {owner}.",
+                        got=f"{type(error).__name__}: {error}".splitlines()[0],
+                        fix="look at that rank's own output: it may have died",
+                    )
+                ) from error
         return windows[serial]
 
     def pulled(self, done: Any) -> None:
