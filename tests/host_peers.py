@@ -88,6 +88,17 @@ class RecordedWorld:
             return name
 
 
+class _OpenedEvent:
+    """Another process's, which records it."""
+
+    def __init__(self, event) -> None:
+        self._event = event
+
+    @property
+    def clock(self):
+        return self._event.clock
+
+
 class RecordedMemory(HostMemory):
     """A GPU's whose every access and event is recorded. Run with `streams.torch` patched by `fake_torch`."""
 
@@ -132,7 +143,7 @@ class RecordedMemory(HostMemory):
         return self._world.put(event)
 
     def open_event(self, words):
-        return self._world.shared.pop(words)
+        return _OpenedEvent(self._world.shared.pop(words))
 
     def record(self, event):
         event.record(self._world.cuda.current_stream())
