@@ -74,7 +74,7 @@ CASES = [
 def whole_rings(rank):
     carry_everything()
     found = [ring(None, case) for case in CASES for _ in range(2)]
-    assert isinstance(world()._peers(), PeerMemory)
+    assert isinstance(world()._peers(), PeerMemory) and world()._peers() is world()._peers()
     return found
 
 
@@ -546,7 +546,7 @@ def test_what_is_never_done_does_not_keep_a_process_for_ever(monkeypatch):
     life.drain()
 
 
-def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends(monkeypatch):
+def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends_but_for_its_event(monkeypatch):
     given, seen = ("cuda:0", b"\x01h", 64, 512, b"counter\x00", 3, b"\xffe", True), []
 
     class Event:
@@ -577,7 +577,7 @@ def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends(monkeypatc
     shared = SimpleNamespace(untyped_storage=lambda: SimpleNamespace(_share_cuda_=lambda: given))
     words = memory.share(shared)
     assert memory.open(words) == "storage"
-    assert seen == [(5, *given[1:])], "on this rank's own GPU, whatever the number of the owner's"
+    assert seen == [(5, *given[1:6], b"", False)], "on this rank's own GPU, whatever the number of the owner's"
     assert all(isinstance(word, (str, int)) for word in words)
     event = memory.open_event(memory.share_event(memory.new_event()))
     assert event == (torch.device("cuda", 5), b"\x00e\xfe")

@@ -39,16 +39,17 @@ class CudaMemory:
 
         Raises RuntimeError where CUDA cannot, as for memory of cudaMallocAsync.
         """
-        _, *words = memory.untyped_storage()._share_cuda_()
+        _, *words, _, _ = memory.untyped_storage()._share_cuda_()  # without the event of torch's own
         return [b64encode(word).decode() if isinstance(word, bytes) else word for word in words]
 
     def open(self, words: Words) -> Tensor:
         """A peer's memory [uint8]. Letting go of it waits for the current stream."""
-        handle, size, offset, counter, counter_at, event, has_event = words
+        handle, size, offset, counter, counter_at = words
         with torch.inference_mode(False):
             storage = torch.UntypedStorage._new_shared_cuda(
                 *(self.device.index, b64decode(handle), size, offset),
-                *(b64decode(counter), counter_at, b64decode(event), has_event),
+                # No event to wait for: torch never closes one that it opens, and readers wait for `written` anyway.
+                *(b64decode(counter), counter_at, b"", False),
             )
             return torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage)
 
