@@ -25,7 +25,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self.created: list[int] = []
-        self.num_shared = self.num_opened = 0
+        self.num_shared = self.num_opened = self.num_delays = 0
 
     def create(self, num_bytes):
         self.created.append(num_bytes)
@@ -59,13 +59,10 @@ class HostMemory:
         return nullcontext()
 
     def delay(self):
-        pass
+        self.num_delays += 1
 
     def is_done(self, event):
         return True
-
-    def is_capturing(self):
-        return False
 
     def is_current(self):
         return True
@@ -105,7 +102,7 @@ class RecordedMemory(HostMemory):
     def __init__(self, world: RecordedWorld) -> None:
         super().__init__()
         self._world = world
-        self._streams = CudaStreams()
+        self._pulls = world.recorder.new_stream()
 
     def create(self, num_bytes):
         memory = torch.empty(max(num_bytes, 1), dtype=torch.uint8)
@@ -126,11 +123,9 @@ class RecordedMemory(HostMemory):
     def _let_go(self, memory):
         """torch waits for the current stream here, and then its owner may have the memory back."""
         recorder = self._world.recorder
-        with self.pulling():
-            pulls = recorder.current
-        done = max(recorder.now().get(pulls, 0), recorder.seen.get(pulls, 0))
-        if recorder._storage(memory, CALLER).read.get(pulls, 0) > done:
-            recorder.races.append(f"{recorder.current} lets go of {tuple(memory.shape)} before {pulls} has read it")
+        done = max(recorder.now().get(self._pulls, 0), recorder.seen.get(self._pulls, 0))
+        if recorder._storage(memory, CALLER).read.get(self._pulls, 0) > done:
+            recorder.races.append(f"{recorder.current} lets go of {tuple(memory.shape)} before it has been read")
 
     def is_done(self, event):
         self._world.recorder.see(event.clock)
@@ -152,4 +147,4 @@ class RecordedMemory(HostMemory):
         return CudaStreams()
 
     def pulling(self):
-        return self._streams.own(-1)
+        return self._world.recorder.on(self._pulls)

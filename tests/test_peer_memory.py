@@ -4,6 +4,7 @@ What a GPU does with it is in test_gpu.py.
 """
 
 import gc
+import multiprocessing as mp
 import os
 import signal
 import sys
@@ -26,9 +27,10 @@ import ringspan
 from ringspan import call
 from ringspan.layout import from_lengths
 from ringspan.options import Options
-from ringspan.transport import device_memory, peer_memory, process_group, streams
+from ringspan.transport import device_memory, peer_channel, peer_memory, peer_trial, process_group, streams
 from ringspan.transport.contract import Parcel, allocate
-from ringspan.transport.peer_memory import PeerMemory, connect
+from ringspan.transport.peer_memory import PeerMemory
+from ringspan.transport.peer_trial import connect
 from ringspan.transport.process_group import ProcessGroupTransport, transport_of
 from ringspan.transport.streams import CudaStreams, Streams
 
@@ -48,8 +50,7 @@ def connected(memory=HostMemory):
 
 def carry_everything(memory=HostMemory):
     """Have every call of this process on a process group go through peer memory."""
-    peer_memory.CudaMemory = memory
-    process_group.peer_memory.connect = lambda control: connect(control, memory)
+    process_group.peer_trial.connect = lambda control: connect(control, memory)
     ProcessGroupTransport._carrier = lambda self, via, device_type: self._peers()
 
 
@@ -75,6 +76,7 @@ def whole_rings(rank):
     carry_everything()
     found = [ring(None, case) for case in CASES for _ in range(2)]
     assert isinstance(world()._peers(), PeerMemory) and world()._peers() is world()._peers()
+    assert not world()._peers().control._loans and world()._peers().gpu.num_delays == peer_trial._ROUNDS
     return found
 
 
@@ -179,10 +181,8 @@ def test_where_a_rank_cannot_all_of_them_know_why(memory, told):
 
 def test_a_trial_has_a_round_that_finds_what_was_not_waited_for():
     """In the first one a reader that is too early finds what was never written."""
-    assert peer_memory._TRIAL_ROUNDS >= 2
-    values = {
-        (number, rank): peer_memory._Introduction._value(None, number, rank) for number in (0, 1) for rank in range(8)
-    }
+    assert peer_trial._ROUNDS >= 2
+    values = {(number, rank): peer_trial._Trial._value(None, number, rank) for number in (0, 1) for rank in range(8)}
     assert len(set(values.values())) == len(values) and not {0, 0xFF} & set(values.values())
 
 
@@ -262,15 +262,15 @@ def test_a_call_on_another_gpu_is_refused_and_the_others_are_told():
     assert "rank 1 failed first: UnsupportedError" in others
 
 
-class Capturing(HostMemory):
-    def is_capturing(self):
-        return True
-
-
 def in_a_capture(rank):
-    transport = connected(Capturing)
-    with pytest.raises(ringspan.UnsupportedError, match=r"cannot be captured into a CUDA graph(.|\n)*torch_dist"):
-        opened(transport, range(2))
+    """Nothing is tried in it, and so nothing is found to fail."""
+    transport = world()
+    transport.begin_call()
+    torch.cuda.is_available = torch.cuda.is_current_stream_capturing = lambda: True
+    for via in ("auto", "peer_memory"):
+        with pytest.raises(ringspan.UnsupportedError, match=r"cannot be captured into a CUDA graph(.|\n)*torch_dist"):
+            transport._carrier(via, "cuda")
+    assert transport._peer_memory is None
 
 
 def test_a_capture_is_refused():
@@ -307,7 +307,7 @@ def fail_at_a_copy(rank):
     carry_everything()
     ringspan.ring_attention(*shards(rank))
     if rank == 1:
-        peer_memory.PeerChannel.pull = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+        peer_channel.PeerChannel.pull = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
     try:
         ringspan.ring_attention(*shards(rank))
     except (ringspan.RankFailedError, torch.OutOfMemoryError) as error:
@@ -541,9 +541,26 @@ def test_what_is_never_done_does_not_keep_a_process_for_ever(monkeypatch):
     begin = time.monotonic()
     life.drain()
     assert 0.05 <= time.monotonic() - begin < 5
-    life._pid += 1  # a forked child
-    life._gpu.is_done = lambda event: pytest.fail("the parent's")
-    life.drain()
+
+
+def end_without_goodbye(told):
+    """A child of multiprocessing, which runs none of Python's finalizers."""
+    global kept
+    kept = connect(ends(1)[0], HostMemory)
+    kept.gpu.is_done = lambda event: told.send(event) or True
+    kept.pulled("the last pull")
+
+
+def test_a_child_of_multiprocessing_waits_too_though_it_destroys_no_group():
+    mine, theirs = mp.Pipe(duplex=False)
+    child = mp.get_context("forkserver").Process(target=end_without_goodbye, args=(theirs,), daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        assert mine.poll(20) and mine.recv() == "the last pull"
+    finally:
+        child.join(20)
+    assert child.exitcode == 0
 
 
 def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends_but_for_its_event(monkeypatch):
@@ -561,7 +578,10 @@ def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends_but_for_it
             return device, handle
 
     cuda = SimpleNamespace(
-        current_device=lambda: 5, Event=Event, current_stream=lambda device: SimpleNamespace(cuda_stream=0)
+        Stream=lambda device: "a stream",
+        current_device=lambda: 5,
+        Event=Event,
+        current_stream=lambda device: SimpleNamespace(cuda_stream=0),
     )
     fake = SimpleNamespace(
         cuda=cuda,
@@ -574,13 +594,16 @@ def test_handles_are_text_on_the_way_and_what_torch_gave_at_both_ends_but_for_it
     monkeypatch.setattr(device_memory, "torch", fake)
     monkeypatch.setattr(streams, "torch", fake)
     memory = device_memory.CudaMemory()
-    shared = SimpleNamespace(untyped_storage=lambda: SimpleNamespace(_share_cuda_=lambda: given))
+    shared = SimpleNamespace(nbytes=512, untyped_storage=lambda: SimpleNamespace(_share_cuda_=lambda: given))
     words = memory.share(shared)
     assert memory.open(words) == "storage"
     assert seen == [(5, *given[1:6], b"", False)], "on this rank's own GPU, whatever the number of the owner's"
     assert all(isinstance(word, (str, int)) for word in words)
     event = memory.open_event(memory.share_event(memory.new_event()))
     assert event == (torch.device("cuda", 5), b"\x00e\xfe")
+    given = ("cuda:0", bytes(2500), *given[2:])
+    with pytest.raises(ringspan.UnsupportedError, match=r"more words to share(.|\n)*512 bytes"):
+        memory.share(shared)
 
 
 def send_what_was_overwritten(rank):

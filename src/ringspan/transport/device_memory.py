@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ringspan.errors import UnsupportedError, explain
 from ringspan.transport.streams import CudaStreams
 
-_PULLS = -1  # the place of the stream that pulls, among those of workers (from 0 on)
+_LONGEST = 3000  # characters: a note is to hold what opens a piece of memory
 _DELAY_CYCLES = 50_000_000  # some 30 ms
 
 Words = list  # what JSON can hold
@@ -27,7 +28,7 @@ class CudaMemory:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._streams = CudaStreams()
+        self._pulls = torch.cuda.Stream(self.device)
 
     def create(self, num_bytes: int) -> Tensor:
         """[uint8], not initialised."""
@@ -37,10 +38,20 @@ class CudaMemory:
     def share(self, memory: Tensor) -> Words:
         """What opens it, once: torch keeps the memory until whoever opened it lets go.
 
-        Raises RuntimeError where CUDA cannot, as for memory of cudaMallocAsync.
+        Raises RuntimeError where CUDA cannot, as for memory of cudaMallocAsync, and UnsupportedError where it takes
+        many words, as for much memory of expandable segments.
         """
         _, *words, _, _ = memory.untyped_storage()._share_cuda_()  # without the event of torch's own
-        return [b64encode(word).decode() if isinstance(word, bytes) else word for word in words]
+        shared = [b64encode(word).decode() if isinstance(word, bytes) else word for word in words]
+        if (length := len(str(shared))) > _LONGEST:
+            raise UnsupportedError(
+                explain(
+                    "memory of this GPU takes more words to share than one note of peer memory holds.",
+                    got=f"{length} characters for {memory.nbytes} bytes",
+                    fix='PYTORCH_CUDA_ALLOC_CONF without expandable_segments, or transport="torch_dist"',
+                )
+            )
+        return shared
 
     def open(self, words: Words) -> Tensor:
         """A peer's memory [uint8]. Letting go of it waits for the current stream."""
@@ -70,8 +81,8 @@ class CudaMemory:
         return CudaStreams()
 
     def pulling(self) -> AbstractContextManager:
-        """The stream that pulls, always the same one, is current in the block."""
-        return self._streams.own(_PULLS)
+        """A stream for pulls alone, always the same one, is current in the block."""
+        return torch.cuda.stream(self._pulls)
 
     def delay(self) -> None:
         """Keep the current stream busy for a while: a trial must notice who does not wait for it."""
@@ -79,9 +90,6 @@ class CudaMemory:
 
     def is_done(self, event: Any) -> bool:
         return event.query()
-
-    def is_capturing(self) -> bool:
-        return torch.cuda.is_current_stream_capturing()
 
     def is_current(self) -> bool:
         """Whether this is the device of the call."""

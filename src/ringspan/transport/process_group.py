@@ -12,12 +12,13 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ringspan.errors import UnsupportedError, explain
-from ringspan.transport import peer_memory
+from ringspan.transport import peer_trial
 from ringspan.transport.contract import Channel, Transport, of_the_parent
-from ringspan.transport.peer_memory import PeerMemory
+from ringspan.transport.peer_memory import PeerMemory, not_captured
 from ringspan.transport.shared_memory import SharedMemoryTransport, connect
 from ringspan.transport.torch_dist import TorchDistTransport, cannot_send
 
@@ -106,11 +107,13 @@ class ProcessGroupTransport(Transport):
 
     def _peers(self) -> PeerMemory | str:
         """Tried at the first call that asks for it; what came of it is the same on every rank."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():  # on every rank alike
+            raise not_captured()
         if self._peer_memory is None:
             if self.shared_memory is None:
                 self._peer_memory = f"its ranks must be processes of one host: {self.why_not_shared}"
             else:
-                self._peer_memory = peer_memory.connect(self.shared_memory)
+                self._peer_memory = peer_trial.connect(self.shared_memory)
         return self._peer_memory
 
     def fail(self, error: BaseException) -> None:
