@@ -157,6 +157,13 @@ class Stale(HostMemory):
         return Memory()
 
 
+class Stuck(HostMemory):
+    """A GPU that never comes to what was launched."""
+
+    def is_done(self, event):
+        return False
+
+
 class Full(HostMemory):
     def delay(self):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -177,6 +184,11 @@ def try_to_connect(rank, memory, victim):
 )
 def test_where_a_rank_cannot_all_of_them_know_why(memory, told):
     assert results(run_processes(try_to_connect, RANKS, memory, 1)) == [told] * RANKS
+
+
+def test_a_gpu_that_never_reads_is_every_rank_s_reason_within_the_timeout():
+    told = "rank 1: nothing of rank 0 could be read within 2 s"
+    assert results(run_processes(try_to_connect, RANKS, Stuck, 1, group_timeout_s=4)) == [told] * RANKS
 
 
 def test_a_trial_has_a_round_that_finds_what_was_not_waited_for():
@@ -508,6 +520,7 @@ def destroy(rank):
     gc.disable()
     ringspan.ring_attention(*shards(rank))
     peers, memory = weakref.ref(world()._peers()), world()._peers().gpu
+    memory.asked = ()
     dist.destroy_process_group()
     left = peers() is not None, memory.asked
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # what ends this process has one

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, spec_of
-from ringspan.transport.segments import contiguous_view, laid_out
+from ringspan.transport.segments import contiguous_views, laid_out
 from ringspan.transport.shared_channel import Loan, Note
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class PeerChannel(Channel):
 
     def _allocate(self, spec: Spec) -> tuple[Window, tuple[Tensor, ...]]:
         window = self._transport.window(laid_out(spec)[1])
-        return window, _views(window.memory, spec)
+        return window, contiguous_views(window.memory, spec)
 
     def buffer(self, spec: Spec) -> Parcel:
         window, tensors = self._allocate(spec)
@@ -84,14 +84,14 @@ class PeerChannel(Channel):
         if spare := self._spare.get(spec):
             return spare.pop()
         self._spare.clear()  # of other lengths: kept, they would be more than the two shards that a rank may hold
-        return Parcel(_views(self._gpu.create(laid_out(spec)[1]), spec))
+        return Parcel(contiguous_views(self._gpu.create(laid_out(spec)[1]), spec))
 
     def pull(self, owner: int, note: Note, lane: int, target: Parcel, begin: Any) -> Any:
         """Launch the copy; after what it is done. begin: after what the target may be written."""
         peer = self._transport.peers[owner]
         with self._gpu.pulling():
             # Here, for what is let go is waited for on the stream that read it.
-            source = _views(self._transport.opened(owner, note.lies), spec_of(target.tensors))
+            source = contiguous_views(self._transport.opened(owner, note.lies), spec_of(target.tensors))
             self.streams.follow(begin)
             self.streams.follow(peer.written[lane])
             self.streams.hold(target.tensors)
@@ -130,12 +130,6 @@ class PeerChannel(Channel):
         self._loans.clear()
         self._spare.clear()
         self._transport.pool.end_call(self._call)
-
-
-def _views(memory: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-    """A parcel's tensors in one piece of memory, in the one way that all ranks know."""
-    places = zip(laid_out(spec)[0], spec.shapes, spec.dtypes, strict=True)
-    return tuple(contiguous_view(memory, offset, shape, dtype) for offset, shape, dtype in places)
 
 
 class _Pull:

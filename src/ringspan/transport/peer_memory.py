@@ -9,6 +9,7 @@ before it writes there again. So no thread waits for a GPU, and no stream for wh
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import weakref
@@ -152,11 +153,17 @@ class _Life:
         """Bounded: what a process that was killed had launched may never be done."""
         deadline = time.monotonic() + _DRAIN_S
         for event in [*self._was_read, *filter(None, [self.last_pull])]:
-            try:
-                while not self._gpu.is_done(event) and time.monotonic() < deadline:
-                    time.sleep(_POLL_S)
-            except RuntimeError:  # the GPU, or the process that made the event, is done for
-                continue
+            with contextlib.suppress(RuntimeError):  # the GPU, or the process that made the event, is done for
+                is_done_by(deadline, self._gpu, event)
+
+
+def is_done_by(deadline: float, gpu: Any, event: Any) -> bool:
+    """Wait for the event until then, by time.monotonic(); whether it has come."""
+    while not gpu.is_done(event):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def not_captured() -> UnsupportedError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from ringspan.transport.device_memory import CudaMemory, Words
 from ringspan.transport.introduction import exchange
 from ringspan.transport.peer_channel import LANES
-from ringspan.transport.peer_memory import Peer, PeerMemory
+from ringspan.transport.peer_memory import Peer, PeerMemory, is_done_by
 from ringspan.transport.shared_channel import Note
 from ringspan.transport.shared_memory import SharedMemoryTransport
 
@@ -93,12 +94,17 @@ class _Trial:
 
     def compare(self, number: int, peers: dict[int, Peer]) -> str | None:
         """What is wrong, if anything."""
+        deadline = time.monotonic() + self._control.timeout_s / 2  # the others wait for this rank's answer meanwhile
+        streams = self.gpu.streams()
         for rank, peer in peers.items():
             with self.gpu.pulling():
-                self.gpu.streams().follow(peer.written[0])
+                streams.follow(peer.written[0])
                 found = self._theirs[rank].clone()
                 self.gpu.record(peer.has_read)
-                wrong = int((found != self._value(number, rank)).sum())  # waits for this stream
+                different = (found != self._value(number, rank)).sum()
+                if not is_done_by(deadline, self.gpu, streams.mark()):
+                    return f"nothing of rank {rank} could be read within {self._control.timeout_s / 2:g} s"
+                wrong = int(different)
             if wrong:
                 return f"read {wrong} of {_BYTES} bytes of rank {rank} wrongly"
         return None

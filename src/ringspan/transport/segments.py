@@ -221,9 +221,15 @@ def view(memory: Tensor, offset: int, shape: Sequence[int], stride: Sequence[int
     return memory[offset:end].view(dtype).as_strided(tuple(shape), tuple(stride))
 
 
-def contiguous_view(memory: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _contiguous_view(memory: Tensor, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     end = offset + math.prod(shape) * dtype.itemsize
     return memory[offset:end].view(dtype).view(tuple(shape))
+
+
+def contiguous_views(memory: Tensor, spec: Spec) -> tuple[Tensor, ...]:
+    """A parcel's tensors in one piece of memory, as `laid_out` places them."""
+    places = zip(laid_out(spec)[0], spec.shapes, spec.dtypes, strict=True)
+    return tuple(_contiguous_view(memory, offset, shape, dtype) for offset, shape, dtype in places)
 
 
 def laid_out(spec: Spec) -> tuple[list[int], int]:

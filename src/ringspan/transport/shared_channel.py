@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ringspan.transport.contract import Channel, Parcel, Pending, Spec, spec_of
-from ringspan.transport.segments import Whereabouts, contiguous_view, laid_out, segment_of, view
+from ringspan.transport.segments import Whereabouts, contiguous_views, laid_out, segment_of, view
 
 if TYPE_CHECKING:
     from ringspan.transport.shared_memory import SharedMemoryTransport
@@ -94,15 +94,13 @@ class SharedChannel(Channel):
                 tensors[place] = copy.copy_(tensors[place])
         return self._transport.new_loan([Whereabouts.of(x).packed() for x in tensors], memory)
 
-    def _allocate(self, spec: Spec) -> tuple[Tensor, list[Tensor]]:
-        offsets, num_bytes = laid_out(spec)
-        memory = self._transport.pool.take(num_bytes)
-        parts = zip(offsets, spec.shapes, spec.dtypes, strict=True)
-        return memory, [contiguous_view(memory, offset, shape, dtype) for offset, shape, dtype in parts]
+    def _allocate(self, spec: Spec) -> tuple[Tensor, tuple[Tensor, ...]]:
+        memory = self._transport.pool.take(laid_out(spec)[1])
+        return memory, contiguous_views(memory, spec)
 
     def buffer(self, spec: Spec) -> Parcel:
         memory, tensors = self._allocate(spec)
-        parcel = Parcel(tuple(tensors))
+        parcel = Parcel(tensors)
         self._buffers[parcel] = memory
         return parcel
 
