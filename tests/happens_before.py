@@ -8,6 +8,7 @@ nothing on them here, as with a GPU.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -170,3 +171,31 @@ def fake_torch(recorder: Recorder) -> SimpleNamespace:
         is_initialized=lambda: True,
     )
     return SimpleNamespace(cuda=cuda)
+
+
+@contextmanager
+def recorded_streams(monkeypatch):
+    """A recorder, while what ringspan.transport.streams does is recorded by it, with every tensor on a GPU."""
+    from ringspan.transport import streams
+
+    recorder = Recorder()
+    monkeypatch.setattr(streams, "torch", fake_torch(recorder))
+    monkeypatch.setattr(streams, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorder.hold(x, stream.name), raising=False)
+    streams._stream.cache_clear()  # of another recorder
+    yield recorder
+    streams._stream.cache_clear()
+
+
+def leave_out(monkeypatch, owner, name: str, where: str) -> list[str]:
+    """Have a method of owner do nothing where a function of that name calls it; what grows with every such call."""
+    there, left_out = getattr(owner, name), []
+
+    def sometimes(self, *args):
+        if sys._getframe(1).f_code.co_name != where:
+            return there(self, *args)
+        left_out.append(where)
+        return None
+
+    monkeypatch.setattr(owner, name, sometimes)
+    return left_out

@@ -5,9 +5,7 @@ What a GPU does with it is in test_gpu.py.
 
 import gc
 import multiprocessing as mp
-import os
 import signal
-import sys
 import threading
 import time
 import weakref
@@ -16,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from happens_before import Recorder, Watched, fake_torch
+from happens_before import Watched, leave_out, recorded_streams
 from host_peers import HostMemory, RecordedMemory, RecordedWorld
 from one_process import ends
 from processes import results, run_processes
+from test_transport_shared_memory import call_until_killed, shards
 from transport_behaviour import BEHAVIOURS, NUM_RANKS, opened, parcel_of, same, spec_of
 from whole import Case, check, ring
 
@@ -289,27 +288,14 @@ def test_a_capture_is_refused():
     results(run_processes(in_a_capture, 2))
 
 
-def shards(rank):
-    generator = torch.Generator().manual_seed(rank)
-    return tuple(torch.randn(1, 2, 64, 16, generator=generator) for _ in range(3))
-
-
-def call_until_killed(rank, victim, wait_s):
+def killed_in_a_call(rank, victim, wait_s):
     carry_everything()
-    ringspan.ring_attention(*shards(rank))
-    if rank == victim:
-        threading.Timer(wait_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    try:
-        while True:
-            q, k, v = (x.requires_grad_() for x in shards(rank))
-            ringspan.ring_attention(q, k, v, causal=True).sum().backward()
-    except ringspan.RankFailedError as error:
-        return str(error)
+    return call_until_killed(rank, victim, wait_s)
 
 
 @pytest.mark.parametrize("wait_s", [0.001, 0.0173, 0.0389])
 def test_a_rank_killed_at_any_moment_is_named(wait_s):
-    endings = run_processes(call_until_killed, 4, 3, wait_s)
+    endings = run_processes(killed_in_a_call, 4, 3, wait_s)
     assert endings[3].exitcode == -signal.SIGKILL
     told = [endings[rank].value for rank in range(3)]
     assert all(told) and all("rank 3" in text for text in told), endings
@@ -356,13 +342,8 @@ def test_whose_memory_cannot_be_opened_any_more_is_named():
 
 @pytest.fixture
 def recorder(monkeypatch):
-    recorder = Recorder()
-    monkeypatch.setattr(streams, "torch", fake_torch(recorder))
-    monkeypatch.setattr(streams, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorder.hold(x, stream.name), raising=False)
-    streams._stream.cache_clear()
-    yield recorder
-    streams._stream.cache_clear()
+    with recorded_streams(monkeypatch) as recorder:
+        yield recorder
 
 
 def in_threads(recorder, work, num_ranks=RANKS):
@@ -485,15 +466,7 @@ def test_windows_are_let_go_when_they_have_been_read_whatever_stream_is_current(
     ],
 )
 def test_without_any_one_of_its_events_it_has_races(recorder, monkeypatch, owner, name, where):
-    there, left_out = getattr(owner, name), []
-
-    def sometimes(self, *args):
-        if sys._getframe(1).f_code.co_name != where:
-            return there(self, *args)
-        left_out.append(where)
-        return None
-
-    monkeypatch.setattr(owner, name, sometimes)
+    left_out = leave_out(monkeypatch, owner, name, where)
     attend(recorder)
     assert left_out and recorder.races
 

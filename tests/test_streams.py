@@ -1,11 +1,10 @@
 """The order of streams: rings of threads that each have a stream of their own, under a happens-before checker."""
 
-import sys
 from contextlib import contextmanager
 
 import pytest
 import torch
-from happens_before import Recorder, Watched, fake_torch
+from happens_before import Watched, leave_out, recorded_streams
 
 import ringspan
 from ringspan import call, run_local
@@ -21,14 +20,9 @@ ON_GPU = streams._on_gpu
 @pytest.fixture
 def recorder(monkeypatch):
     """Rings of threads behave as on a GPU whose every operation is recorded."""
-    recorder = Recorder()
-    monkeypatch.setattr(streams, "torch", fake_torch(recorder))
     monkeypatch.setattr(local, "streams_of", lambda device_type: CudaStreams())
-    monkeypatch.setattr(streams, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: recorder.hold(x, stream.name), raising=False)
-    streams._stream.cache_clear()  # of another recorder
-    yield recorder
-    streams._stream.cache_clear()
+    with recorded_streams(monkeypatch) as recorder:
+        yield recorder
 
 
 def ring_of_threads(recorder, num_ranks=3, tokens=13, options=None, queries=None):
@@ -136,15 +130,7 @@ def test_a_reader_s_mark_is_there_before_its_owner_may_see_that_it_is_done(recor
     ],
 )
 def test_without_any_one_of_its_events_a_ring_of_threads_has_races(recorder, monkeypatch, name, where):
-    there, left_out = getattr(CudaStreams, name), []
-
-    def sometimes(self, *args):
-        if sys._getframe(1).f_code.co_name != where:
-            return there(self, *args)
-        left_out.append(where)
-        return None
-
-    monkeypatch.setattr(CudaStreams, name, sometimes)
+    left_out = leave_out(monkeypatch, CudaStreams, name, where)
     ring_of_threads(recorder)
     assert left_out and recorder.races
 
